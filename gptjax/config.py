@@ -361,7 +361,7 @@ def _typed(key: str, value: Any, expected: Any, field: dataclasses.Field) -> Any
         return tuple(value)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if expected != tuple[str, ...] and type(value) is not expected:
+    if type(value) is not expected:
         raise mismatch
     if expected is float and not math.isfinite(value):
         raise UserError(f"{key}={value!r} must be a finite number.")
@@ -444,6 +444,8 @@ def _check_durations(config: Config) -> None:
     if not (train.duration_steps or train.duration_tokens or train.duration_epochs):
         raise UserError("the run has no length: set train.duration_steps, train.duration_tokens or train.duration_epochs.")
     optimizer = config.optimizer
+    if optimizer.name == "schedule_free_adamw" and not optimizer.beta1:
+        raise UserError("optimizer.beta1=0 leaves nothing to average; optimizer.name=schedule_free_adamw needs it above 0.")
     if optimizer.schedule == "wsd" and not (optimizer.decay_steps or optimizer.decay_tokens or optimizer.decay_epochs):
         raise UserError("optimizer.schedule=wsd needs the length of its final fall: set optimizer.decay_steps, decay_tokens or decay_epochs.")
 
