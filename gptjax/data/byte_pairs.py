@@ -11,6 +11,7 @@ ranges of code points from `unicodedata`: a letter that Unicode gained after thi
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import sys
 import unicodedata
@@ -24,16 +25,16 @@ _CACHED_WORDS = 1 << 20  # about 200 MB of dict; natural text repeats its words 
 @functools.cache
 def word_pattern() -> re.Pattern[str]:
     """GPT-2's pattern, for `findall`; every character of a text is in exactly one match. Takes 0.2 s the first time."""
-    letters, numbers = _ranges("L"), _ranges("N")
+    majors = "".join(category[0] for category in map(unicodedata.category, map(chr, range(sys.maxunicode + 1))))
+    letters, numbers = _ranges(majors, "L"), _ranges(majors, "N")
     return re.compile(
         "'s|'t|'re|'ve|'m|'ll|'d"
         f"| ?[{letters}]+| ?[{numbers}]+| ?[^{_SPACE}{letters}{numbers}]+|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+"
     )
 
 
-def _ranges(major: str) -> str:
-    """The code points whose general category begins with `major`, written as the inside of a character class."""
-    majors = "".join(category[0] for category in map(unicodedata.category, map(chr, range(sys.maxunicode + 1))))
+def _ranges(majors: str, major: str) -> str:
+    """The code points at which `majors` holds `major`, written as the inside of a character class."""
     return "".join(f"{chr(run.start())}-{chr(run.end() - 1)}" for run in re.finditer(f"{major}+", majors))
 
 
@@ -54,7 +55,7 @@ def _character_bytes() -> dict[str, int]:
 
 
 def piece_bytes(piece: str) -> bytes:
-    """The bytes that a piece of the vocabulary, written in `byte_characters`, stands for. Raises `KeyError` for other characters."""
+    """The bytes that a piece, written in `byte_characters`, stands for. Raises `KeyError` for other characters."""
     table = _character_bytes()
     return bytes(table[character] for character in piece)
 
@@ -66,12 +67,14 @@ class BytePairEncoder:
     """
 
     def __init__(self, ids: Mapping[str, int], merges: list[tuple[str, str]]):
-        pairs = {(ids[left], ids[right]): (rank, ids[left + right]) for rank, (left, right) in enumerate(merges)}
+        ranks = {(ids[left], ids[right]): rank for rank, (left, right) in enumerate(merges)}
+        merged = [ids[left + right] for left, right in merges]
         byte_ids = [ids[character] for character in byte_characters()]
-        self._words = _Words(functools.partial(_merge, byte_ids=byte_ids, pairs=pairs))
+        self._words = _Words(functools.partial(_merge, byte_ids=byte_ids, ranks=ranks, merged=merged))
 
     def encode(self, text: str) -> list[int]:
-        words, ids = self._words, []
+        words = self._words
+        ids: list[int] = []
         for word in word_pattern().findall(text):
             ids += words[word]
         return ids
@@ -91,23 +94,28 @@ class _Words(dict[str, tuple[int, ...]]):
         return ids
 
 
-def _merge(word: str, byte_ids: list[int], pairs: Mapping[tuple[int, int], tuple[int, int]]) -> tuple[int, ...]:
-    """Replaces all occurrences of the earliest-learnt adjacent pair, from left to right, until no pair is known."""
+def _merge(word: str, byte_ids: list[int], ranks: Mapping[tuple[int, int], int], merged: list[int]) -> tuple[int, ...]:
+    """Replaces the earliest-learnt adjacent pair, everywhere from left to right, until no pair is known.
+
+    `ranks`: pair to its place among the merges; `merged`: the id it becomes, by place. A pair that has a merged piece in it was
+    learnt later than the merge, so a round makes no new work for itself.
+    """
     ids = [byte_ids[byte] for byte in word.encode()]
-    while len(ids) > 1:
-        best = min(zip(ids, ids[1:], strict=False), key=lambda pair: pairs.get(pair, _UNKNOWN)[0])
-        if best not in pairs:
-            break
-        merged, out, index = pairs[best][1], [], 0
-        while index < len(ids):
-            if tuple(ids[index : index + 2]) == best:
-                out.append(merged)
-                index += 2
-            else:
-                out.append(ids[index])
-                index += 1
-        ids = out
+    waiting = [ranks.get(pair, _UNKNOWN) for pair in itertools.pairwise(ids)]  # rank of (ids[i], ids[i + 1])
+    while waiting and (lowest := min(waiting)) != _UNKNOWN:
+        at = waiting.index(lowest)
+        while at >= 0:
+            ids[at : at + 2] = [merged[lowest]]
+            del waiting[at]
+            if at:
+                waiting[at - 1] = ranks.get((ids[at - 1], ids[at]), _UNKNOWN)
+            if at < len(waiting):
+                waiting[at] = ranks.get((ids[at], ids[at + 1]), _UNKNOWN)
+            try:
+                at = waiting.index(lowest, at)
+            except ValueError:
+                at = -1
     return tuple(ids)
 
 
-_UNKNOWN = (sys.maxsize, -1)
+_UNKNOWN = sys.maxsize

@@ -1,7 +1,8 @@
 """The tokenized form of a source, in the user's cache: written once, whole or not at all, and memory-mapped read-only.
 
 An entry is a folder `tokens-KEY` of, for each split, `tokens` (the smallest unsigned type that holds the vocabulary, raw),
-`offsets` (int64) and `names`, and of `entry.json`, which records every file's size. KEY is a hash of all that the content depends on.
+`offsets` (int64) and `names`, and of `entry.json`, which records every file's size. KEY is a hash of all that the content
+depends on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,7 @@ from gptjax.data.sources import Source, documents
 from gptjax.data.tokenizers import Tokenizer, write_atomically
 
 _ENTRY = "entry.json"
+_ABANDONED_SECONDS = 24 * 3600  # no process tokenizes one split for a day without creating a file in the folder
 _WRITE_TOKENS = 1 << 20  # tokens gathered before they are written
 
 
@@ -79,7 +82,7 @@ def _read_split(directory: pathlib.Path, split: str, meta: dict[str, Any]) -> To
 def write_entry(
     directory: pathlib.Path, splits: Mapping[str, Source], tokenizer: Tokenizer, around: Delimiters
 ) -> dict[str, Tokens]:
-    """Tokenizes the splits into a temporary folder and moves it into place. Where another process was first, its entry is taken."""
+    """Tokenizes the splits into a temporary folder and moves it into place, unless another process was first."""
     with _disk(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_folder(directory) as temporary:
@@ -124,7 +127,7 @@ def _write_split(folder: pathlib.Path, split: str, source: Source, tokenizer: To
 
 
 def _move_into_place(temporary: pathlib.Path, directory: pathlib.Path) -> None:
-    """A folder can only replace an empty one, so a damaged entry is moved aside first; a whole one is left, for others may read it."""
+    """A folder can only replace an empty one, so a damaged entry is moved aside; a whole one stays, others may read it."""
     for _ in range(10):
         try:
             os.replace(temporary, directory)
@@ -141,7 +144,11 @@ def _move_into_place(temporary: pathlib.Path, directory: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _temporary_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """An empty folder beside `directory`, removed at the end if it is still there."""
+    """An empty folder beside `directory`, removed at the end if it is still there; so are those that killed processes left."""
+    for left in directory.parent.glob(f".{directory.name}.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
     folder = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
         yield folder

@@ -43,7 +43,8 @@ def clean(sources: Mapping[str, Source], config: DataConfig) -> Cleaned:
     """Cleans all splits, and drops documents that are empty or, on request, exact copies.
 
     Copies are looked for across the splits, training documents first: of a text in both, the held-out copy is the one dropped,
-    so that nothing evaluated was trained on. Reads every document once; keeps only hashes. Raises `UserError` where a split ends empty.
+    so that nothing evaluated was trained on. Reads every document once; keeps only hashes.
+    Raises `UserError` where nothing of a split is left.
     """
     report = {"changed_documents": 0, "dropped_characters": 0, "empty_documents": 0, "duplicate_documents": 0}
     seen: set[bytes] = set()

@@ -35,7 +35,7 @@ class Rows:
         return np.unique(self.piece_documents[_ranges(self.row_offsets[rows], self.row_offsets[rows + 1])[0]])
 
     def batch(self, tokens: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """int32 [len(rows), capacity] `tokens`, `segment_ids` (1, 2, ... in a row; 0: padding), `positions` (0 at a piece's start).
+        """int32 [len(rows), capacity] `tokens`, `segment_ids` (1, 2, ... in a row; 0: padding), `positions` (from 0 in a piece).
 
         A row number of -1 gives a row of padding.
         """

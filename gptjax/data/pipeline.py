@@ -151,7 +151,7 @@ def _log(dataset: Dataset, config: Config, log: Callable[[str], Any]) -> None:
     )
 
 
-# --- training ----------------------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def steps_per_epoch(config: Config, split: Split) -> float:
@@ -267,7 +267,7 @@ def _windows(split: Split, starts: np.ndarray, seq_len: int) -> Batch:
     }
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 def num_eval_batches(config: Config, split: Split, batch_size: int) -> int:
@@ -278,9 +278,9 @@ def num_eval_batches(config: Config, split: Split, batch_size: int) -> int:
 def eval_batches(
     config: Config, split: Split, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """The whole split once, in order: every token that has one before it in its document is predicted once (for windows, in the
-    split). This process's share of batches of `batch_size` rows over all processes; missing rows at the end are padding, so that every
-    process has the same number of batches of the same shape.
+    """The whole split once, in order: every token is predicted once that has one before it in its document (for windows: in the
+    split). Yields this process's share of batches of `batch_size` rows over all processes, as `train_batches` does; rows missing
+    at the end are padding, so that every process has the same number of batches of the same shape.
     """
     share = _share(batch_size, process_index, process_count, "the evaluation's batch size")
     rows = math.ceil(_rows_per_epoch(config, split))

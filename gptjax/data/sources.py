@@ -45,7 +45,7 @@ def documents(source: Source) -> Iterator[Document]:
     return (source[index] for index in range(len(source)))
 
 
-# --- the sources -------------------------------------------------------------------------------------------------------------------
+# --- the sources ------------------------------------------------------------------------------------------------------
 
 
 class TextSource:
@@ -117,16 +117,13 @@ class TfdsSource:
             raise UserError(f"data.text_field: the TFDS data set {name} has no field {field!r}{nearest(field, features)}")
         known = list(builder.info.splits)
         try:
-            expected = builder.info.splits[split].num_examples
             self._records = builder.as_data_source(split=split)
         except (KeyError, ValueError) as error:
-            raise UserError(f"the TFDS data set {name} has no split {split!r}: it has {', '.join(known)}.") from error
-        # A truncated ArrayRecord opens with 0 records and no error; its files hold whole shards, so that sub-splits are checked too.
-        _check_shards(builder, name)
-        if len(self._records) != expected:
             raise UserError(
-                f"the TFDS data set {name} holds {len(self._records)} of the {expected} records of {split}; prepare it again."
-            )
+                f"the TFDS data set {name} has no records for {split!r}: its splits are {', '.join(known)}."
+            ) from error
+        # A truncated ArrayRecord opens with 0 records and no error.
+        _check_records(builder, name)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -138,7 +135,7 @@ class TfdsSource:
 
 
 def _tfds_builder(name: str, data_dir: str) -> Any:
-    """The builder of a prepared data set: DATA_DIR/NAME[/CONFIG]/VERSION, the newest version unless `name` says `NAME:VERSION`."""
+    """The builder of DATA_DIR/NAME[/CONFIG]/VERSION, the newest version unless `name` says `NAME:VERSION`."""
     root = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     base, _, version = name.partition(":")
     missing = f"data.name: the TFDS data set {name} is not prepared under {root}"
@@ -161,13 +158,13 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
-def _check_shards(builder: Any, name: str) -> None:
+def _check_records(builder: Any, name: str) -> None:
     for split, info in builder.info.splits.items():
-        found, expected = len(builder.as_data_source(split=split)), info.num_examples
-        if found != expected:
+        found = len(builder.as_data_source(split=split))
+        if found != info.num_examples:
             raise UserError(
-                f"the TFDS data set {name} holds {found} of the {expected} records of its split {split}: a file of {builder.data_dir} "
-                "is damaged; prepare it again."
+                f"the TFDS data set {name} holds {found} of the {info.num_examples} records of its split {split}: "
+                f"a file in {builder.data_path} is damaged; prepare it again."
             )
 
 
@@ -219,7 +216,7 @@ def open_sources(config: DataConfig) -> dict[str, Source]:
     return SOURCES[config.source](config)
 
 
-# --- what is held out --------------------------------------------------------------------------------------------------------------
+# --- what is held out -------------------------------------------------------------------------------------------------
 
 
 class Subset:
@@ -296,11 +293,11 @@ class Joined:
         return self._sources[part][index - (self._ends[part] - len(self._sources[part]))]
 
 
-# --- files -------------------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def find_files(patterns: str, key: str) -> list[tuple[str, pathlib.Path]]:
-    """(name, path) of the files that comma-separated paths and globs stand for, in order; names are relative to the glob's folder."""
+    """(name, path) of the files that comma-separated paths and globs stand for; names are relative to the glob's folder."""
     found: dict[pathlib.Path, str] = {}
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
         expanded = os.path.expanduser(pattern)
@@ -353,7 +350,7 @@ def _map(path: pathlib.Path) -> mmap.mmap | bytes:
 
 
 def _line_index(data: mmap.mmap | bytes) -> tuple[np.ndarray, np.ndarray]:
-    """int64 numbers (from 0) of the lines that hold more than white space, and the byte at which each line starts, with the end."""
+    """int64 numbers (from 0) of the lines that are not blank, and the byte at which each line starts, with the end."""
     starts, kept, position = [0], [], 0
     while position < len(data):
         end = data.find(b"\n", position) + 1 or len(data)

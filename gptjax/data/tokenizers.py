@@ -100,7 +100,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
             raise
 
 
-# --- bytes and characters ----------------------------------------------------------------------------------------------------------
+# --- bytes and characters ---------------------------------------------------------------------------------------------
 
 
 class ByteTokenizer(Tokenizer):
@@ -180,7 +180,7 @@ def _checked(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
     return array
 
 
-# --- subwords ----------------------------------------------------------------------------------------------------------------------
+# --- subwords ---------------------------------------------------------------------------------------------------------
 
 
 class PieceTokenizer(Tokenizer):
@@ -227,7 +227,7 @@ class Gpt2Tokenizer(PieceTokenizer):
 
 
 class SentencePieceTokenizer(PieceTokenizer):
-    """A SentencePiece model. A model trained by `train_sentencepiece` gives every text back exactly; others normalise as they do."""
+    """A SentencePiece model. One trained by `train_sentencepiece` gives every text back exactly; others normalise as they do."""
 
     kind = "sentencepiece"
 
@@ -280,7 +280,7 @@ _TRAINING_CHARACTERS = (
 
 
 def train_sentencepiece(source: Source, vocab_size: int) -> bytes:
-    """A SentencePiece model (byte-pair encoding with byte fallback, no normalisation) of at most `_TRAINING_CHARACTERS` of the source.
+    """A SentencePiece model (byte-pair encoding, byte fallback, no normalisation) of `_TRAINING_CHARACTERS` of the source.
 
     The merges of byte pairs are counted in whole numbers, so the model depends on the text alone, not on threads.
     Raises `UserError` where the source is too small for the vocabulary.
@@ -413,7 +413,7 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 }
 
 
-# --- the tokenizer of a config -----------------------------------------------------------------------------------------------------
+# --- the tokenizer of a config ----------------------------------------------------------------------------------------
 
 
 def make_tokenizer(config: DataConfig, sources: Mapping[str, Source]) -> Tokenizer:
