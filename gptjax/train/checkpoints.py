@@ -1,15 +1,15 @@
 """What is kept of a run while it runs: Orbax writes the arrays; around it, what Orbax does not do.
 
-    checkpoints/00000100/metadata.json   step, shape and dtype of every leaf, and what the caller gave (config, data position, versions)
+    checkpoints/00000100/metadata.json   step, shape and dtype of every leaf, what the caller gave (config, data position)
     checkpoints/00000100/arrays/         Orbax: one flat mapping from a leaf's path, "params/blocks/mlp/kernel", to its array
     checkpoints/00000100/manifest.json   size and sha256 of every file, written last: without it the checkpoint does not exist
 
-A save is finished, hashed and, on the same background thread, followed by the removal of what `CheckpointConfig` no longer keeps. A kill at
-any moment leaves the older checkpoints as they were.
+A save is finished, hashed and, on the same background thread, followed by the removal of what `CheckpointConfig` no longer
+keeps. A kill at any moment leaves the older checkpoints as they were.
 
-On several hosts every process calls `save` and `restore` with the same steps and sees the same folder. Orbax has all of them finish
-before process 0 returns from its part; process 0 alone writes metadata and manifest, verifies, and removes. A save that fails on one host alone
-holds the others at Orbax's barrier until it times out there.
+On several hosts every process calls `save` and `restore` with the same steps and sees the same folder. Orbax has all of them
+finish before process 0 returns from its part; process 0 alone writes metadata and manifest, verifies, and removes. A save that
+fails on one host alone holds the others at Orbax's barrier until it times out there.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CheckpointsDamaged(CheckpointError):
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint: `state` has the structure, dtypes and shardings that were asked for, `metadata` is what was saved with it."""
+    """A checkpoint: `state` has the structure, dtypes and shardings that were asked for; `metadata` was saved with it."""
 
     step: int
     state: Any
@@ -75,8 +75,8 @@ _REPLACED, _DELETED = ".replaced", ".deleted"
 class Checkpoints:
     """The checkpoints of one run. `log` is called on the calling thread only.
 
-    `read_only` is for evaluation and sampling, perhaps beside a live run: nothing in the folder is changed. Otherwise the caller holds the
-    run's lock, and what a killed save or removal left behind is cleaned up at once.
+    `read_only` is for evaluation and sampling, perhaps beside a live run: nothing in the folder is changed. Otherwise the
+    caller holds the run's lock, and what a killed save or removal left behind is cleaned up at once.
     """
 
     def __init__(self, directory: pathlib.Path, config: CheckpointConfig, log: Callable[[str], None], read_only: bool = False):
@@ -109,14 +109,15 @@ class Checkpoints:
         """Steps of the complete checkpoints, in ascending order; their bytes are not verified."""
         return [step for step, folder in self._folders() if manifest.exists(folder)]
 
-    # --- save ----------------------------------------------------------------------------------------------------------------------
+    # --- save -----------------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Saves `state`, a pytree of jax arrays, and `metadata`, which JSON can hold.
 
-        Waits for the save before it. When it returns the state's buffers may be donated: on an accelerator they have been copied to the host;
-        on a CPU Orbax refers to them, and XLA gives a donated buffer that is referred to no second use. A failure is reported, not
-        raised, until `checkpoint.max_failures` in a row raise `CheckpointsFailing`. A step that this process saved or restored is not saved again.
+        Waits for the save before it. When it returns the state's buffers may be donated: on an accelerator they have been
+        copied to the host; on a CPU Orbax refers to them, and XLA gives a donated buffer that is referred to no second use. A
+        failure is reported, not raised, until `checkpoint.max_failures` in a row raise `CheckpointsFailing`. A step that this
+        process saved or restored is not saved again.
         """
         if self._read_only:
             raise ValueError("these checkpoints were opened to be read.")
@@ -210,13 +211,14 @@ class Checkpoints:
         except OSError as trouble:
             save.notes.append(f"{save.folder}, which is incomplete, could not be removed: {trouble}.")
 
-    # --- keep ----------------------------------------------------------------------------------------------------------------------
+    # --- keep -----------------------------------------------------------------------------------------------------------------
 
     def _retire(self, save: _Save) -> None:
         """Removes what is no longer kept, now that the checkpoint of `save` is complete.
 
-        A place among the `keep_last` is only given to a checkpoint known to be intact, so that a damaged one never pushes out a good one.
-        Later steps are left alone: they are damaged, or the run went back to an older checkpoint, and they are replaced when it comes to them.
+        A place among the `keep_last` is only given to a checkpoint known to be intact, so that a damaged one never pushes out a
+        good one. Later steps are left alone: they are damaged, or the run went back to an older checkpoint, and they are
+        replaced when it comes to them.
         """
         _remove(save.folder.with_name(save.folder.name + _REPLACED))
         kept = 0
@@ -249,13 +251,14 @@ class Checkpoints:
                 _remove(folder)
                 self._log(f"removed checkpoint {step}, which was not finished.")
 
-    # --- restore -------------------------------------------------------------------------------------------------------------------
+    # --- restore --------------------------------------------------------------------------------------------------------------
 
     def restore(self, abstract_state: Any, step: int | None = None, partial: bool = False) -> Restored | None:
         """The newest intact checkpoint, or that of `step`; None where there is none at all.
 
-        `abstract_state` is a pytree of `jax.ShapeDtypeStruct` (or arrays), whose shardings the arrays get; without one, a single device's.
-        With `partial` the checkpoint may hold more than is asked for, such as optimizer state beside `{"params": ...}`.
+        `abstract_state` is a pytree of `jax.ShapeDtypeStruct` (or arrays), whose shardings the arrays get; without one, a
+        single device's. With `partial` the checkpoint may hold more than is asked for, such as optimizer state beside
+        `{"params": ...}`.
 
         Raises `UserError` where the checkpoint is not of this state's names, shapes and dtypes, or `step` is not there, and
         `CheckpointsDamaged` where no checkpoint is intact.

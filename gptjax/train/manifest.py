@@ -1,4 +1,7 @@
-"""The sha256 of every file in a folder, written last: Orbax keeps no checksum of array data, so a flipped bit would be restored in silence."""
+"""The sha256 of every file in a folder, written last.
+
+Orbax keeps no checksum of array data: without one a flipped bit would be restored in silence.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A run is a folder: who may write there, which config it was started with, where it ran and what came of it.
 
-The folder holds `run.lock` while the run lives, `config.json` from the start and `result.json` at the end. On several hosts, process 0
-alone calls what writes here.
+The folder holds `run.lock` while the run lives, `config.json` from the start and `result.json` at the end. On several hosts,
+process 0 alone calls what writes here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import gptjax
 from gptjax import config as config_lib
 from gptjax.config import Config, UserError
 
-# --- files that are either the old one or the new one ------------------------------------------------------------------------------
+# --- files that are either the old one or the new one -------------------------------------------------------------------------
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -74,13 +74,13 @@ def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
 
 
-# --- one live run a folder ---------------------------------------------------------------------------------------------------------
+# --- one live run a folder ----------------------------------------------------------------------------------------------------
 
 _held: set[int] = set()  # descriptors of this process's locks
 
 
 def _drop_in_child() -> None:
-    # A flock lives as long as any copy of its descriptor: a forked data worker that outlives its killed parent would go on holding it.
+    # A flock lives as long as any copy of its descriptor: a forked worker that outlives its killed parent would go on holding it.
     for descriptor in _held:
         with contextlib.suppress(OSError):
             os.close(descriptor)
@@ -93,9 +93,10 @@ os.register_at_fork(after_in_child=_drop_in_child)
 class RunLock:
     """Context manager: at most one live process has the run's folder.
 
-    `run.lock` names host, process and the process's start. What excludes others is the kernel's lock (flock) on that file, which dies with
-    its holder, so recovering after `kill -9` is the same atomic act as taking the lock: of many who try, one wins. Because file systems shared
-    between hosts may keep flock to one host, a file that another host left is refused, with the sentence how to remove it.
+    `run.lock` names host, process and the process's start. What excludes others is the kernel's lock (flock) on that file,
+    which dies with its holder, so recovering after `kill -9` is the same atomic act as taking the lock: of many who try, one
+    wins. Because file systems shared between hosts may keep flock to one host, a file that another host left is refused, with
+    the sentence how to remove it.
 
     Raises `UserError` where the folder is taken.
     """
@@ -198,7 +199,7 @@ def start_time(pid: int) -> str:
     """When the process was started, in words that only it has; '' where there is no such process (or it is a zombie)."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # Fields 3 and 22, state and start in clock ticks since boot; field 2, the name in brackets, may itself hold blanks and brackets.
+        # Fields 3 and 22: state, and start in clock ticks since boot. Field 2, a name in brackets, may hold blanks and brackets.
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"
     except (FileNotFoundError, ProcessLookupError):
@@ -213,14 +214,15 @@ def is_alive(pid: int, started: str) -> bool:
     return bool(started) and start_time(pid) == started
 
 
-# --- the config that the run was started with --------------------------------------------------------------------------------------
+# --- the config that the run was started with ---------------------------------------------------------------------------------
 
 
 def check_config(workdir: pathlib.Path, config: Config, allow_changes: Sequence[str], log: Callable[[str], None]) -> None:
     """Writes `config.json` at the first start; later refuses a config that would make another run of this one.
 
-    Knobs that do not shape the run may change freely, the others where `allow_changes` names them; then `config.json` is written anew. A knob
-    that the file lacks, being written by an older version, had its default. Raises `UserError` naming each key with both values.
+    Knobs that do not shape the run may change freely, the others where `allow_changes` names them; then `config.json` is
+    written anew. A knob that the file lacks, being written by an older version, had its default. Raises `UserError` naming each
+    key with both values.
     """
     known = list(config_lib.flatten(Config()))
     for key in allow_changes:
@@ -252,7 +254,7 @@ def check_config(workdir: pathlib.Path, config: Config, allow_changes: Sequence[
         write_atomically(path, text)
 
 
-# --- what a state is, and where it was made ----------------------------------------------------------------------------------------
+# --- what a state is, and where it was made -----------------------------------------------------------------------------------
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -305,7 +307,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def environment() -> dict[str, Any]:
-    """{"versions", "git_commit", "git_dirty", "hardware"} of this process; "unknown" where it cannot be told. Starts JAX's backend."""
+    """{"versions", "git_commit", "git_dirty", "hardware"} of this process; "unknown" where it cannot be told.
+
+    Starts JAX's backend.
+    """
     import jax
 
     commit, dirty = _git(pathlib.Path(gptjax.__file__).parent)
