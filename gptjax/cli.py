@@ -71,7 +71,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     model = load_run(workdir, _log, arguments.step, config)
     dataset = load_dataset(config, log=_log)
     if dataset.tokenizer.fingerprint != model.tokenizer.fingerprint:
-        raise UserError(f"the tokenizer that data.tokenizer={config.data.tokenizer} gives is not the one that {workdir} was trained with.")
+        raise UserError(
+            f"the tokenizer that data.tokenizer={config.data.tokenizer} gives is not the one that {workdir} was trained with."
+        )
     figures = evaluate(config, model.params, dataset, make_mesh(config.mesh)) | {"step": model.step}
     if arguments.json:
         _print_json(figures)
@@ -116,7 +118,9 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _config(arguments: argparse.Namespace) -> int:
     specs = list(arguments.files) + ([arguments.config] if arguments.config else [])
     if len(specs) not in (1, 2):
-        raise UserError("gptjax config takes one recipe to print, or two to compare; each may also be a run's folder or its config.json.")
+        raise UserError(
+            "gptjax config takes one recipe to print, or two to compare; each may also be a run's folder or its config.json."
+        )
     configs = [_load_any(spec, arguments.overrides) for spec in specs]
     if len(configs) == 1:
         print(config_lib.to_json(configs[0]), end="")
@@ -262,7 +266,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(rest), overrides
 
 
-_OVERRIDES = "Any knob is set by --config.GROUP.NAME=VALUE, as in --config.model.num_layers=4; `gptjax config RECIPE` lists them all."
+_OVERRIDES = (
+    "Any knob is set by --config.GROUP.NAME=VALUE, as in --config.model.num_layers=4; `gptjax config RECIPE` lists them all."
+)
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -283,7 +289,9 @@ SIGTERM and Ctrl-C save first; exit status 75 and 130. A changed config is refus
     )
     train.add_argument("--config", metavar="FILE.py[:ARG]", help="recipe, or a config.json")
     train.add_argument("--workdir", metavar="DIR", help="the run's folder")
-    train.add_argument("--allow_changes", metavar="KEY,KEY", default="", help="config keys that may differ from those the run began with")
+    train.add_argument(
+        "--allow_changes", metavar="KEY,KEY", default="", help="config keys that may differ from those the run began with"
+    )
 
     evaluate = _verb(
         verbs,
@@ -310,7 +318,9 @@ SIGTERM and Ctrl-C save first; exit status 75 and 130. A changed config is refus
     generate.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     generate.add_argument("--temperature", type=_rate, default=1.0, metavar="X", help="divides the logits; 0 is greedy (1.0)")
     generate.add_argument("--top_k", type=_count, default=0, metavar="K", help="draw from the K likeliest; 0: off")
-    generate.add_argument("--top_p", type=_share, default=1.0, metavar="P", help="draw from the likeliest that hold probability P; 1: off")
+    generate.add_argument(
+        "--top_p", type=_share, default=1.0, metavar="P", help="draw from the likeliest that hold probability P; 1: off"
+    )
     generate.add_argument("--seed", type=_count, default=0, metavar="N", help="samples are a function of it")
     generate.add_argument("--num_samples", type=_positive, default=1, metavar="N", help="samples a prompt")
 

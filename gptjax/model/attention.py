@@ -117,7 +117,9 @@ class Attention(nn.Module):
         query = Projection(c, ("embed",), ("heads", "head_dim"), (c.num_heads, c.head_dim), c.attention_bias, name="query")
         key = Projection(c, ("embed",), ("kv_heads", "head_dim"), (c.num_kv_heads, c.head_dim), c.attention_bias, name="key")
         value = Projection(c, ("embed",), ("kv_heads", "head_dim"), (c.num_kv_heads, c.head_dim), c.attention_bias, name="value")
-        output = Projection(c, ("heads", "head_dim"), ("embed",), (c.model_dim,), c.attention_bias, into_residual=True, name="output")
+        output = Projection(
+            c, ("heads", "head_dim"), ("embed",), (c.model_dim,), c.attention_bias, into_residual=True, name="output"
+        )
 
         q_BTNH, k_BTKH, v_BTKH = query(x_BTD), key(x_BTD), value(x_BTD)
         if angles is not None:

@@ -26,7 +26,10 @@ from gptjax.model.positions import rotary_angles
 from gptjax.parallel.sharding import constrain
 
 # What the backward pass may keep; everything else is computed again.
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": jax.checkpoint_policies.nothing_saveable}
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Block(nn.Module):
@@ -63,7 +66,9 @@ class Embedding(nn.Module):
         normal = nn.initializers.normal(c.init_std)
         self.tokens = parameter(self, "tokens", normal, ("vocab", "embed"), (c.vocab_size, c.model_dim), c.param_dtype)
         if c.position == "learned":
-            self.positions = parameter(self, "positions", normal, ("positions", "embed"), (c.max_seq_len, c.model_dim), c.param_dtype)
+            self.positions = parameter(
+                self, "positions", normal, ("positions", "embed"), (c.max_seq_len, c.model_dim), c.param_dtype
+            )
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         x_BTD = primitives.embed(self.tokens, tokens_BT)

@@ -19,6 +19,8 @@ def make_mesh(config: MeshConfig, batch_size: int | None = None) -> jax.sharding
     if size > len(devices):
         raise UserError(f"mesh.data={config.data} needs {size} devices, but there are {len(devices)}.")
     if batch_size is not None and batch_size % size:
-        raise UserError(f"{batch_size} rows a micro-batch do not divide over mesh.data={size} devices; change data.batch_size or mesh.data.")
+        raise UserError(
+            f"{batch_size} rows a micro-batch do not divide over mesh.data={size} devices; change data.batch_size or mesh.data."
+        )
     # Auto axes: Linen's and our constraints name axes and leave the rest to the compiler.
     return jax.make_mesh((size,), AXES, axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:size])

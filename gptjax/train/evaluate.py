@@ -90,7 +90,7 @@ def evaluate(config: Config, params: Any, dataset: Dataset, mesh: Mesh, max_batc
         pending = sums
     if pending is not None:
         totals += [np.sum(np.asarray(column), dtype=np.float64) for column in pending]
-    nats, tokens, text_bytes = totals
+    nats, tokens, text_bytes = totals.tolist()
     if tokens == 0:
         raise UserError("the evaluation split has no token to predict; give it more text.")
     loss = nats / tokens

@@ -25,8 +25,8 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.train.checkpoints import CheckpointError, Checkpoints
 from gptjax.train.evaluate import eval_batch_size, evaluate
-from gptjax.train.flops import describe_mfu, mfu
-from gptjax.train.metrics import LiveLine, MetricsWriter, draw_loss_curve, parameter_table
+from gptjax.train.flops import describe_mfu, device_peak, flops_per_token, mfu
+from gptjax.train.metrics import LiveLine, MetricsWriter, draw_loss_curve, log_to_stderr, parameter_table
 from gptjax.train.optimizers import Lengths, evaluation_params
 from gptjax.train.restore import initial_params
 from gptjax.train.run import RunLock, check_config, environment, read_result, state_sha256, write_result
@@ -38,7 +38,9 @@ class Interrupted(Exception):
     """The run was asked to stop, and is saved; `signal_number` says by what."""
 
     def __init__(self, signal_number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} and saved at step {step}; the same command goes on from there.")
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name} and saved at step {step}; the same command goes on from there."
+        )
         self.signal_number = signal_number
 
 
@@ -105,30 +107,27 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: Sequence[str] = 
     Raises `UserError` for what a person can mend, `Interrupted` after SIGTERM or Ctrl-C (the run is saved), `NonFiniteError`,
     `CheckpointsFailing`.
     """
-    line = LiveLine()
-    with line, StopSignals() as stop, RunLock(workdir, line.print_above):
-        dataset = load_dataset(config, log=line.print_above)
+    log = log_to_stderr
+    with StopSignals() as stop, RunLock(workdir, log):
+        dataset = load_dataset(config, log)
         config = config.with_vocab_size(dataset.tokenizer.vocab_size)
         epoch_steps = steps_per_epoch(config, dataset.train)
         lengths = Lengths.of(config, epoch_steps)
         mesh = make_mesh(config.mesh, config.data.batch_size // config.train.accumulation_steps)
         eval_batch_size(config, mesh)
-        check_config(workdir, config, allow_changes, line.print_above)
+        check_config(workdir, config, allow_changes, log)
         result = read_result(workdir)
         if result is not None and result["steps"] >= lengths.total:
-            line.print_above(f"{workdir} holds a finished run of {result['steps']} steps, eval loss {result['eval']['loss']:.4f}.")
+            log(f"{workdir} holds a finished run of {result['steps']} steps, eval loss {result['eval']['loss']:.4f}.")
             return result
         dataset.tokenizer.save(workdir / "tokenizer")
-        with Checkpoints(workdir / "checkpoints", config.checkpoint, line.print_above) as checkpoints:
-            state, metadata = _restore_or_init(config, lengths, mesh, checkpoints, line.print_above)
-            start_step = int(state.step)
-            line.start(start_step, lengths.total)
-            with MetricsWriter(workdir, config, start_step or None, line.print_above) as metrics:
+        with LiveLine(lengths.total) as line, Checkpoints(workdir / "checkpoints", config.checkpoint, line) as checkpoints:
+            state, about = _restore_or_init(config, lengths, mesh, checkpoints, line)
+            with MetricsWriter(workdir, config, int(state.step) or None, line) as metrics:
                 run = Run(config, workdir, dataset, mesh, lengths, epoch_steps, checkpoints, line, metrics, stop)
-                run.seconds_before, run.final_figures = metadata.get("seconds", 0.0), metadata.get("eval")
+                run.seconds_before, run.final_figures = about.get("seconds", 0.0), about.get("eval")
                 _describe(run, state)
-                state = _steps(run, state, start_step)
-                return _finish(run, state)
+                return _finish(run, _steps(run, state))
 
 
 def _restore_or_init(
@@ -142,10 +141,10 @@ def _restore_or_init(
 
 
 def _describe(run: Run, state: TrainState) -> None:
-    log = run.line.print_above
-    log(parameter_table(state.params))
-    log(describe_mfu(run.config, run.mesh.devices.flat[0].device_kind, run.mesh.size))
-    log(f"{run.lengths.total} steps of {run.config.tokens_per_step} tokens, {run.lengths.total / run.epoch_steps:.2f} epochs.")
+    c, mesh = run.config, run.mesh
+    run.line(parameter_table(state.params))
+    run.line(describe_mfu(c.model, c.data.seq_len, mesh.devices.flat[0].device_kind, mesh.size, c.metrics.peak_tflops))
+    run.line(f"{run.lengths.total:,} steps of {c.tokens_per_step:,} tokens: {run.lengths.total / run.epoch_steps:.2f} epochs.")
 
 
 def _on_device(mesh: Mesh, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, jax.Array]]:
@@ -154,9 +153,9 @@ def _on_device(mesh: Mesh, batches: Iterator[dict[str, np.ndarray]]) -> Iterator
         yield {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
-def _steps(run: Run, state: TrainState, start_step: int) -> TrainState:
-    """Steps `start_step` + 1 to the end. The metrics of a step are read only after the next one is under way."""
-    config = run.config
+def _steps(run: Run, state: TrainState) -> TrainState:
+    """From the state's step to the end. The metrics of a step are read only after the next one is under way."""
+    config, start_step = run.config, int(state.step)
     train_step = make_train_step(config, run.lengths, run.mesh)
     host_batches = train_batches(config, run.dataset.train, start_step, jax.process_index(), jax.process_count())
     batches = _on_device(run.mesh, host_batches)
@@ -167,6 +166,7 @@ def _steps(run: Run, state: TrainState, start_step: int) -> TrainState:
             _read(run, *pending)
         pending = (step, metrics)
         run.checkpoints.poll()
+        run.line.checkpoint(run.checkpoints.last_saved_step)
 
         stops = run.stop.received and step < run.lengths.total
         evaluates = run.is_due("evaluate", step) and not stops
@@ -186,35 +186,39 @@ def _steps(run: Run, state: TrainState, start_step: int) -> TrainState:
 
 def _read(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
     """Waits for a step's metrics, writes the row that is due, and ends a run whose gradients are not finite any more."""
-    streak = int(metrics["nonfinite_streak"])
-    if streak:
-        _check_finite(run, step, streak)
-    run.line.tick(step)
+    c = run.config
+    values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+    if values["nonfinite_streak"]:
+        _check_finite(run, step, values["nonfinite_streak"])
+    tokens = step * c.tokens_per_step
+    run.line.step(step, tokens, values["loss"])
     if not run.is_due("metrics", step, default=10):
         return
-    values = {name: float(value) for name, value in metrics.items()}
-    rate = run.line.tokens_per_second(run.config.tokens_per_step)
+    rate = run.line.tokens_per_second
+    peak = device_peak(run.mesh.devices.flat[0].device_kind, c.model.dtype, c.metrics.peak_tflops)
     row = {
         "step": step,
-        "tokens": step * run.config.tokens_per_step,
+        "tokens": tokens,
         "train/loss": values["loss"],
         "train/nll": values["nll"],
         "train/weight": values["weight"],
         "gradient_norm": values["gradient_norm"],
         "learning_rate": values["learning_rate"],
-        "nonfinite_steps": int(values["nonfinite_steps"]),
+        "nonfinite_steps": values["nonfinite_steps"],
         "tokens_per_second": rate,
-        "mfu": mfu(run.config, rate, run.mesh.devices.flat[0].device_kind, run.mesh.size),
+        "mfu": mfu(rate, flops_per_token(c.model, c.data.seq_len), run.mesh.size, peak),
         "seconds": run.seconds,
     }
     run.metrics.write(row)
-    run.line.update(row, run.checkpoints.last_saved_step)
+    run.line.row(row)
 
 
 def _check_finite(run: Run, step: int, streak: int) -> None:
     documents = batch_documents(run.config, run.dataset.train, step - 1)
     named = ", ".join(documents[:8]) + (f" and {len(documents) - 8} more" if len(documents) > 8 else "")
-    run.line.print_above(f"step {step}: the gradient is not finite; the parameters are left as they were ({streak} in a row; {named}).")
+    run.line(
+        f"step {step}: the gradient is not finite; the parameters are left as they were ({streak} in a row; {named})."
+    )
     limit = run.config.train.max_nonfinite_steps
     if streak >= limit:
         raise NonFiniteError(
@@ -225,19 +229,14 @@ def _check_finite(run: Run, step: int, streak: int) -> None:
 
 def _evaluate(run: Run, state: TrainState, step: int) -> dict[str, Any]:
     """Writes the evaluation's row and sample; the last evaluation of a run is over the whole split."""
-    config = run.config
-    params = evaluation_params(config.optimizer, state)
-    with run.line.paused():
-        max_batches = 0 if step == run.lengths.total else config.evaluate.max_batches
-        figures = evaluate(config, params, run.dataset, run.mesh, max_batches)
-        run.metrics.write(
-            {"step": step, "tokens": step * config.tokens_per_step} | {f"eval/{name}": value for name, value in figures.items()}
-        )
-        run.line.print_above(
-            f"step {step}: eval loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.3f}, "
-            f"{figures['bits_per_byte']:.4f} bits per byte over {figures['tokens']} tokens."
-        )
-        if config.evaluate.sample_tokens:
+    c = run.config
+    params = evaluation_params(c.optimizer, state)
+    with run.line.paused("evaluating"):
+        figures = evaluate(c, params, run.dataset, run.mesh, 0 if step == run.lengths.total else c.evaluate.max_batches)
+        row = {"step": step, "tokens": step * c.tokens_per_step} | {f"eval/{name}": value for name, value in figures.items()}
+        run.metrics.write(row)
+        run.line.row(row)
+        if c.evaluate.sample_tokens:
             _sample(run, params, step)
     return figures
 
@@ -255,22 +254,25 @@ def _sample(run: Run, params: Any, step: int) -> None:
         seed=run.config.train.seed,
     )[0]
     text = sample.prompt + sample.text
-    run.line.print_above(f"sample at step {step}:\n{text}")
+    run.line(f"sample at step {step}:\n{text}")
     folder = run.workdir / "samples"
     folder.mkdir(exist_ok=True)
     (folder / f"{step:08d}.txt").write_text(text, encoding="utf-8")
 
 
 def _save(run: Run, state: TrainState, step: int) -> None:
-    """What else than the state a checkpoint holds: where the data goes on, and the evaluation where the run is at its end."""
+    """Rows of metrics are on the disk before the checkpoint that makes them final. What else than the state a checkpoint holds: where the data goes on, and the evaluation where the run is at its end."""
     about = {"data": {"next_step": step}, "seconds": run.seconds, "eval": run.final_figures, "config": to_dict(run.config)}
+    run.metrics.sync()
     run.checkpoints.save(step, state, about)
 
 
 def _stop(run: Run, step: int) -> None:
     run.checkpoints.wait()
     if run.checkpoints.last_saved_step != step:
-        raise CheckpointError(f"stopped at step {step}, which could not be saved; the same command goes on from the checkpoint before it.")
+        raise CheckpointError(
+            f"stopped at step {step}, which could not be saved; the same command goes on from the checkpoint before it."
+        )
     raise Interrupted(run.stop.received, step)
 
 
@@ -278,7 +280,9 @@ def _finish(run: Run, state: TrainState) -> dict[str, Any]:
     run.checkpoints.wait()
     total = run.lengths.total
     if run.checkpoints.last_saved_step != total:
-        raise CheckpointError(f"the run's end, step {total}, could not be saved; the same command goes on from the checkpoint before it.")
+        raise CheckpointError(
+            f"the run's end, step {total}, could not be saved; the same command goes on from the checkpoint before it."
+        )
     assert run.final_figures is not None
     result = {
         "eval": run.final_figures,
@@ -291,5 +295,5 @@ def _finish(run: Run, state: TrainState) -> dict[str, Any]:
     write_result(run.workdir, result)
     picture = draw_loss_curve(run.workdir)
     where = f"{run.workdir / 'result.json'}" + (f", {picture}" if picture else "")
-    run.line.print_above(f"finished: {total} steps, eval loss {run.final_figures['loss']:.4f}; {where}.")
+    run.line(f"finished: {total} steps, eval loss {run.final_figures['loss']:.4f}; {where}.")
     return result

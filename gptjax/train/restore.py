@@ -16,8 +16,9 @@ from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.interop import huggingface
 from gptjax.parallel.mesh import make_mesh
 from gptjax.train.checkpoints import Checkpoints
-from gptjax.train.optimizers import Lengths, evaluation_params, parameter_path
-from gptjax.train.step import abstract_state, state_shardings
+from gptjax.train.optimizers import Lengths, evaluation_params
+from gptjax.train.run import named_leaves
+from gptjax.train.step import abstract_state
 
 # A schedule's lengths don't change the shape of any state.
 _ANY_LENGTHS = Lengths(total=1, warmup=0, decay=1)
@@ -33,7 +34,9 @@ class TrainedModel:
     step: int
 
 
-def load_run(workdir: pathlib.Path, log: Callable[[str], None], step: int | None = None, config: Config | None = None) -> TrainedModel:
+def load_run(
+    workdir: pathlib.Path, log: Callable[[str], None], step: int | None = None, config: Config | None = None
+) -> TrainedModel:
     """The newest intact checkpoint of a run's folder, or that of `step`; `config`, where given, takes the place of the folder's.
 
     Nothing in the folder is changed, so a live run is not disturbed. Raises `UserError` where there is none.
@@ -57,26 +60,18 @@ def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None]) -> An
     folder = pathlib.Path(config.init_from)
     if not (folder / "config.json").is_file():
         raise UserError(f"init_from={folder} is neither a run's folder nor a Hugging Face folder: it has no config.json.")
-    if (folder / "checkpoints").is_dir():
-        params = load_run(folder, log).params
-    else:
-        _, params = huggingface.load(folder)
-    shardings = state_shardings(config, _ANY_LENGTHS, mesh).params
-    wanted = {parameter_path(path): leaf for path, leaf in _leaves(abstract_state(config, _ANY_LENGTHS, mesh).params)}
-    found = {parameter_path(path): leaf for path, leaf in _leaves(params)}
-    for name in sorted(wanted.keys() | found.keys()):
-        have = found[name].shape if name in found else "missing"
-        want = wanted[name].shape if name in wanted else "not a parameter"
-        if have != want:
-            raise UserError(f"init_from={folder}: {name} is {have} there and {want} in this config's model.")
+    params = load_run(folder, log).params if (folder / "checkpoints").is_dir() else huggingface.load(folder)[1]
+    wanted = abstract_state(config, _ANY_LENGTHS, mesh).params
+    _check_fit(folder, params, wanted)
     log(f"initial parameters from {folder}.")
-    return jax.tree.map(lambda leaf, like, where: jax.device_put(leaf.astype(like), where), params, _dtypes(config), shardings)
+    return jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, wanted)
 
 
-def _leaves(tree: Any) -> Any:
-    return jax.tree_util.tree_leaves_with_path(tree)
-
-
-def _dtypes(config: Config) -> Any:
-    mesh = make_mesh(config.mesh)
-    return jax.tree.map(lambda leaf: leaf.dtype, abstract_state(config, _ANY_LENGTHS, mesh).params)
+def _check_fit(folder: pathlib.Path, params: Any, wanted: Any) -> None:
+    """Raises `UserError` naming the first parameter that only one side has, or that has another shape."""
+    here, there = named_leaves(wanted), named_leaves(params)
+    for name in sorted(here.keys() | there.keys()):
+        ours = here[name].shape if name in here else "absent"
+        theirs = there[name].shape if name in there else "absent"
+        if ours != theirs:
+            raise UserError(f"init_from={folder}: {name} is {theirs} there and {ours} in this config's model.")

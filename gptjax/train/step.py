@@ -78,7 +78,9 @@ def init_state(config: Config, lengths: Lengths, mesh: Mesh, params: Any = None)
         if params is not None:
             build = jax.jit(lambda params, seed: _new_state(config, lengths, params, seed), out_shardings=shardings)
             return build(params, jnp.uint32(config.train.seed))
-        build = jax.jit(lambda seed: _new_state(config, lengths, nn.unbox(init_params(config, seed)), seed), out_shardings=shardings)
+        build = jax.jit(
+            lambda seed: _new_state(config, lengths, nn.unbox(init_params(config, seed)), seed), out_shardings=shardings
+        )
         return build(jnp.uint32(config.train.seed))
 
 
