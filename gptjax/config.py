@@ -16,6 +16,7 @@ import json
 import math
 import pathlib
 import re
+import reprlib
 import traceback
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -358,7 +359,7 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", 
 
 def _typed(key: str, value: Any, expected: Any, field: dataclasses.Field) -> Any:
     """`value` as exactly the declared type and within its bounds."""
-    mismatch = UserError(f"{key}={value!r} must be {_TYPE_NAMES[expected]}.")
+    mismatch = UserError(f"{key}={reprlib.repr(value)} must be {_TYPE_NAMES[expected]}.")
     if expected == tuple[str, ...]:
         if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
             raise mismatch
@@ -522,7 +523,7 @@ def _recipe_failure(path: pathlib.Path, error: Exception) -> str:
         return f"cannot be read: {error.msg} at line {error.lineno}."
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     where = f" at line {lines[-1]}" if lines else ""
-    return f"fails{where} with {type(error).__name__}: {' '.join(str(error).split())}"
+    return f"fails{where} with {type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}."
 
 
 def apply_override(values: ml_collections.ConfigDict, override: str) -> None:
