@@ -15,6 +15,9 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
+import reprlib
+import traceback
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -329,6 +332,8 @@ def from_json(path: pathlib.Path) -> Config:
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
 
@@ -363,7 +368,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise UserError(f"unknown config key {prefix}{key}{_nearest(prefix + key)}.")
+            raise _unknown(f"{prefix}{key}")
     arguments = {}
     for name, field in fields.items():
         if name not in values:
@@ -381,13 +386,16 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", 
 
 def _typed(key: str, value: Any, expected: Any, field: dataclasses.Field) -> Any:
     """`value` as exactly the declared type and within its bounds."""
-    mismatch = UserError(f"{key}={value!r} must be {_TYPE_NAMES[expected]}.")
+    mismatch = UserError(f"{key}={reprlib.repr(value)} must be {_TYPE_NAMES[expected]}.")
     if expected == tuple[str, ...]:
         if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
             raise mismatch
         return tuple(value)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise mismatch from None
     if type(value) is not expected:
         raise mismatch
     if expected is float and not math.isfinite(value):
@@ -395,7 +403,7 @@ def _typed(key: str, value: Any, expected: Any, field: dataclasses.Field) -> Any
     choices, bounds = field.metadata["choices"], field.metadata["bounds"]
     if choices and value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise UserError(f"{key}={value!r} must be one of {', '.join(choices)}{hint}")
     tests = {
         "at_least": (lambda x, y: x >= y, "at least"),
@@ -410,14 +418,14 @@ def _typed(key: str, value: Any, expected: Any, field: dataclasses.Field) -> Any
     return value
 
 
-def _nearest(key: str) -> str:
-    """'; did you mean ...?' for an unknown dotted key."""
+def _unknown(key: str) -> UserError:
+    """The error for a dotted key that the schema lacks, with the nearest that it has."""
     known = list(flatten(Config())) + [field.name for field in dataclasses.fields(Config)]
     leaf = key.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     near = near or [name for name in known if name.rsplit(".", 1)[-1] == leaf][:1]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    return UserError(f"unknown config key {key}{f'; did you mean {near[0]}?' if near else '.'}")
 
 
 def _derive(config: Config) -> Config:
@@ -450,6 +458,11 @@ def _check(config: Config) -> None:
     if data.batch_size % config.train.accumulation_steps:
         raise UserError(
             f"train.accumulation_steps={config.train.accumulation_steps} does not divide data.batch_size={data.batch_size}."
+        )
+    if model.attention_dropout and model.attention not in ("auto", "dense"):
+        raise UserError(
+            f"model.attention={model.attention} never holds the attention weights, so model.attention_dropout must be 0 with it; "
+            "model.attention=dense can drop them."
         )
     if config.mesh.data == 0:
         raise UserError("mesh.data=0 must be -1 (all devices) or at least 1.")
@@ -520,13 +533,28 @@ def _call_recipe(path: pathlib.Path, argument: str) -> ml_collections.ConfigDict
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        get_config = module.get_config
-    except (AttributeError, SyntaxError) as error:
-        raise UserError(f"the recipe {path} cannot be read: {error}.") from error
-    try:
-        return get_config(argument) if argument else get_config()
-    except (AttributeError, KeyError) as error:  # ConfigDict's own "did you mean" for a misspelt knob
-        raise UserError(f"the recipe {path} sets an unknown key: {str(error).strip(chr(34))}") from error
+        if not hasattr(module, "get_config"):
+            raise UserError(f"the recipe {path} has no function get_config.")
+        values = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # a recipe is somebody's program: whatever it raises, the answer is one sentence
+        raise UserError(f"the recipe {path} {_recipe_failure(path, error)}") from error
+    if not isinstance(values, ml_collections.ConfigDict):
+        raise UserError(f"get_config of the recipe {path} must return a ConfigDict, not {type(values).__name__}.")
+    return values
+
+
+def _recipe_failure(path: pathlib.Path, error: Exception) -> str:
+    unknown = re.match(r'\W*Key "([^"]*)" does not exist', str(error))  # ConfigDict's, which goes on to print itself
+    if unknown:
+        near = re.search(r'Did you mean "([^"]*)"', str(error))
+        return f"sets an unknown key {unknown[1]}{f'; did you mean {near[1]}?' if near else '.'}"
+    if isinstance(error, SyntaxError):
+        return f"cannot be read: {error.msg} at line {error.lineno}."
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    where = f" at line {lines[-1]}" if lines else ""
+    return f"fails{where} with {type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}."
 
 
 def apply_override(values: ml_collections.ConfigDict, override: str) -> None:
@@ -537,8 +565,10 @@ def apply_override(values: ml_collections.ConfigDict, override: str) -> None:
     expected = _declared_type(key)
     *groups, leaf = key.split(".")
     for group in groups:
+        if not isinstance(values.get(group), ml_collections.ConfigDict):
+            raise UserError(f"the recipe's config has no group {group} to lay {key} over; start it from gptjax.config.defaults().")
         values = values[group]
-    with values.ignore_type():
+    with values.ignore_type(), values.unlocked():
         values[leaf] = _parse(key, text, expected)
 
 
@@ -547,7 +577,7 @@ def _declared_type(key: str) -> Any:
     for part in key.split("."):
         types = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
         if part not in types:
-            raise UserError(f"unknown config key {key}{_nearest(key)}.")
+            raise _unknown(key)
         cls = types[part]
     if dataclasses.is_dataclass(cls):
         raise UserError(f"{key} is a group of keys; set one of {', '.join(f'{key}.{f.name}' for f in dataclasses.fields(cls))}.")
