@@ -2,8 +2,10 @@
 
 Command:  gptjax train --config=configs/gpt2_124m.py --workdir=runs/gpt2 --config.data.path='corpus/*.jsonl' \\
               --config.data.tokenizer_path=gpt2_bpe
-          `:medium` (355M), `:large` (774M) and `:xl` (1.6B) are the sisters. The folder gpt2_bpe holds encoder.json and vocab.bpe.
-Cost:     600,000 steps of 491,520 tokens are 295 B tokens; at 6 * 124 M FLOPs a token, 2.2e20 FLOPs: four days on 8 A100 for nanoGPT.
+          `:medium` (355M), `:large` (774M) and `:xl` (1.6B) are the sisters. The folder gpt2_bpe holds encoder.json and
+          vocab.bpe.
+Cost:     600,000 steps of 491,520 tokens are 295 B tokens; at 6 * 124 M FLOPs a token, 2.2e20 FLOPs: four days
+          on 8 A100 for nanoGPT.
 Expected: on OpenWebText about 2.85 validation loss after those steps (nanoGPT's figure); not run here.
 """
 

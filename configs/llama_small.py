@@ -1,7 +1,8 @@
 """A Llama-shaped decoder of 110 M parameters: rotary positions, RMSNorm, SwiGLU, grouped keys and values, no biases.
 
 Command:  gptjax train --config=configs/llama_small.py --workdir=runs/llama --config.data.path='corpus/*.jsonl'
-          A SentencePiece model of 32,000 pieces is trained on the corpus at the start; give one with --config.data.tokenizer_path.
+          A SentencePiece model of 32,000 pieces is trained on the corpus at the start; give one with
+          --config.data.tokenizer_path.
 Cost:     20,000 steps of 262,144 tokens are 5.2 B tokens, about 3.5e18 FLOPs: some 4 hours on one A100 at 40 % of its peak.
 Expected: not run here.
 """

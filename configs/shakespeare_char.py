@@ -1,7 +1,7 @@
 """Character-level Shakespeare: nanoGPT's two recipes, and the best we know at the first one's size.
 
-Text comes from the TFDS data set tiny_shakespeare (90 % train; validation and test together are nanoGPT's last 10 %). With the text in a
-file of its own: --config.data.source=text --config.data.path=input.txt
+Text comes from the TFDS data set tiny_shakespeare (90 % train; validation and test together are nanoGPT's last 10 %). With the
+text in a file of its own: --config.data.source=text --config.data.path=input.txt
 
 cpu   4 layers, width 128, context 64, batch 12, 2,000 steps, no dropout.
       Command:  gptjax train --config=configs/shakespeare_char.py:cpu --workdir=runs/shakespeare_cpu

@@ -1,7 +1,7 @@
 """The command line: one function a verb.
 
-Exit status: 0 done; 1 a fault of the machine or the run; 2 a mistake of the person's, said in one sentence; 75 stopped by SIGTERM and
-saved; 130 stopped by Ctrl-C (and saved, while training).
+Exit status: 0 done; 1 a fault of the machine or the run; 2 a mistake of the person's, said in one sentence; 75 stopped by
+SIGTERM and saved; 130 stopped by Ctrl-C (and saved, while training).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-# --- verbs: heavy imports wait until their arguments are known to be right ----------------------------------------------------------
+# --- verbs: heavy imports wait until their arguments are known to be right ------------------------------------------------------
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -137,7 +137,7 @@ def _config(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# --- what the verbs share -----------------------------------------------------------------------------------------------------------
+# --- what the verbs share -------------------------------------------------------------------------------------------------------
 
 
 def _required(arguments: argparse.Namespace, name: str) -> str:
@@ -209,7 +209,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- arguments ----------------------------------------------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -284,8 +284,9 @@ def _build_parser() -> argparse.ArgumentParser:
         """example:
   gptjax train --config=configs/shakespeare_char.py:cpu --workdir=runs/shakespeare --config.train.seed=1
 
-The run's folder gets config.json, metrics.jsonl, checkpoints/, samples/, tokenizer/ and, at the end, result.json and loss_curve.png.
-SIGTERM and Ctrl-C save first; exit status 75 and 130. A changed config is refused, unless its keys are named by --allow_changes.""",
+The run's folder gets config.json, metrics.jsonl, checkpoints/, samples/, tokenizer/ and, at the end, result.json and
+loss_curve.png. SIGTERM and Ctrl-C save first; exit status 75 and 130. A changed config is refused, unless its keys are named by
+--allow_changes.""",
     )
     train.add_argument("--config", metavar="FILE.py[:ARG]", help="recipe, or a config.json")
     train.add_argument("--workdir", metavar="DIR", help="the run's folder")

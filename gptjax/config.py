@@ -130,7 +130,8 @@ class DataConfig:
     tokenizer: str = knob("byte", "Text to ids.", choices=("byte", "char", "sentencepiece", "gpt2", "huggingface"))
     tokenizer_path: str = knob(
         "",
-        "sentencepiece: a .model file (empty: train one on the source); gpt2: the folder of encoder.json and vocab.bpe; huggingface: a tokenizer.json.",
+        "sentencepiece: a .model file (empty: train one on the source); gpt2: the folder of encoder.json and vocab.bpe; "
+        "huggingface: a tokenizer.json.",
     )
     tokenizer_vocab_size: int = knob(8192, "Vocabulary of a SentencePiece model trained on the source.", at_least=300)
     add_eos: bool = knob(True, "End each document with the end-of-text token, where the tokenizer has one.")
@@ -138,7 +139,8 @@ class DataConfig:
 
     packing: str = knob(
         "packed",
-        "packed: rows of whole documents and pieces, which never see each other; windows: random windows of the concatenated text (nanoGPT's way).",
+        "packed: rows of whole documents and pieces, which never see each other; "
+        "windows: random windows of the concatenated text (nanoGPT's way).",
         choices=("packed", "windows"),
     )
     seq_len: int = knob(256, "Tokens a row that are predicted.", at_least=1)
@@ -285,7 +287,10 @@ class Config:
         return self.data.batch_size * self.data.seq_len
 
     def duration(self, group: str, name: str, steps_per_epoch: float, default: int = 0) -> int:
-        """Steps of `{group}.{name}_steps|_tokens|_epochs`; `default` where none is given. Tokens and epochs round up to a whole step."""
+        """Steps of `{group}.{name}_steps|_tokens|_epochs`; `default` where none is given.
+
+        Tokens and epochs round up to a whole step.
+        """
         section = getattr(self, group)
         steps = getattr(section, f"{name}_steps")
         tokens = getattr(section, f"{name}_tokens")
@@ -301,12 +306,12 @@ class Config:
         rows = self.model.vocab_size or tokenizer_vocab_size
         if rows < tokenizer_vocab_size:
             raise UserError(
-                f"model.vocab_size={rows} is smaller than the tokenizer's {tokenizer_vocab_size} ids; set it to 0 or to at least that."
+                f"model.vocab_size={rows} is smaller than the tokenizer's {tokenizer_vocab_size} ids; set it to 0 or more than that."
             )
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=rows))
 
 
-# --- the door: ConfigDict to dataclasses -------------------------------------------------------------------------------------------
+# --- the door: ConfigDict to dataclasses --------------------------------------------------------------------------------
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -433,7 +438,8 @@ def _derive(config: Config) -> Config:
     model = config.model
     if not model.head_dim and model.model_dim % model.num_heads:
         raise UserError(
-            f"model.num_heads={model.num_heads} does not divide model.model_dim={model.model_dim}; change one, or set model.head_dim."
+            f"model.num_heads={model.num_heads} does not divide model.model_dim={model.model_dim}; "
+            "change one, or set model.head_dim."
         )
     model = dataclasses.replace(
         model,
@@ -502,7 +508,7 @@ def _check_source(data: DataConfig) -> None:
         raise UserError(f"data.tokenizer={data.tokenizer} needs data.tokenizer_path, {what}.")
 
 
-# --- recipes and overrides ---------------------------------------------------------------------------------------------------------
+# --- recipes and overrides ----------------------------------------------------------------------------------------------------
 
 
 def load_recipe(spec: str, overrides: Sequence[str] = ()) -> Config:
@@ -566,7 +572,7 @@ def apply_override(values: ml_collections.ConfigDict, override: str) -> None:
     *groups, leaf = key.split(".")
     for group in groups:
         if not isinstance(values.get(group), ml_collections.ConfigDict):
-            raise UserError(f"the recipe's config has no group {group} to lay {key} over; start it from gptjax.config.defaults().")
+            raise UserError(f"the recipe's config has no group {group} to lay {key} over; start from gptjax.config.defaults().")
         values = values[group]
     with values.ignore_type(), values.unlocked():
         values[leaf] = _parse(key, text, expected)

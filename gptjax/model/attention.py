@@ -20,8 +20,8 @@ from gptjax.model.positions import rotate
 class Cache:
     """Keys and values of the tokens seen so far, [L, B, S, K, H] each; slot s holds the token at position s.
 
-    Slots past a row's last position hold leftovers of padding; the mask never lets a query see past its own position, and the row's
-    next tokens overwrite them.
+    Slots past a row's last position hold leftovers of padding; the mask never lets a query see past its own position, and the
+    row's next tokens overwrite them.
     """
 
     keys: jax.Array
@@ -58,7 +58,10 @@ def masked_attention(
     dropout_rate: float = 0.0,
     dropout_keys: Any = None,
 ) -> jax.Array:
-    """Scaled dot-product attention, [B, T, N, H], with the whole score matrix held; softmax in float32. Query heads share K key heads."""
+    """Scaled dot-product attention, [B, T, N, H], with the whole score matrix held; softmax in float32.
+
+    Query heads share K key heads.
+    """
     batch, length, heads, width = q_BTNH.shape
     groups = heads // k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(batch, length, -1, groups, width)
@@ -90,7 +93,10 @@ ATTENTION_BACKENDS = {"dense": _dense, "blockwise": _blockwise, "cudnn": _cudnn}
 
 
 def choose_backend(config: ModelConfig, drops: bool) -> str:
-    """The backend that `model.attention=auto` stands for. Dropout on attention weights needs the weights: only `dense` holds them."""
+    """The backend that `model.attention=auto` stands for.
+
+    Dropout on attention weights needs the weights: only `dense` holds them.
+    """
     if config.attention != "auto":
         return config.attention
     if drops:

@@ -6,8 +6,8 @@ Axis letters, here and in every file of the package:
     T query position F MLP width        K key and value heads    V vocabulary
     S key position   H head width       G = N // K, query heads that share a key head
 
-Modules are pure functions of (parameters, inputs): the key/value cache goes in and comes out, dropout takes its keys as an argument.
-Parameters of the L blocks are stacked on a leading axis, whether the blocks are scanned or unrolled.
+Modules are pure functions of (parameters, inputs): the key/value cache goes in and comes out, dropout takes its keys as an
+argument. Parameters of the L blocks are stacked on a leading axis, whether the blocks are scanned or unrolled.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ class Decoder(nn.Module):
         """The normed output of the last block, [B, T, D], and the cache with these tokens written in.
 
         `segment_ids_BT`: tokens see only their own segment (packed documents). `dropout_keys`: one a row; None: no dropout.
-        With a cache, token t stands at `positions_BT[:, t]` and sees all positions up to its own; without, it sees the row up to t.
+        With a cache, token t stands at `positions_BT[:, t]` and sees all positions up to its own; without, it sees the row up
+        to t.
         """
         c = self.config
         if positions_BT is None:

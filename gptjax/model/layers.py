@@ -41,8 +41,8 @@ class Norm(nn.Module):
 class Projection(nn.Module):
     """A linear map from the last `inputs` axes to new ones, its kernel kept in its true shape: [*in, *out].
 
-    `into_residual` marks the maps that write into the residual stream, which GPT-2 starts smaller: there are 2 of them a layer, and
-    a sum of 2L terms of variance 1/(2L) has variance 1.
+    `into_residual` marks the maps that write into the residual stream, which GPT-2 starts smaller: there are 2 of them a
+    layer, and a sum of 2L terms of variance 1/(2L) has variance 1.
     """
 
     config: ModelConfig

@@ -1,7 +1,7 @@
 """Where every array lives: logical axis names to mesh axes, in one table.
 
-Parameters carry logical names from their declaration; activations are constrained by the same names. A misspelt name is a KeyError,
-never a silent replication.
+Parameters carry logical names from their declaration; activations are constrained by the same names. A misspelt name is a
+KeyError, never a silent replication.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def token_byte_counts(config: Config, dataset: Dataset) -> np.ndarray:
 
 
 def evaluate(config: Config, params: Any, dataset: Dataset, mesh: Mesh, max_batches: int = 0) -> dict[str, float | int]:
-    """{"loss" (nats a target), "perplexity", "bits_per_byte", "tokens", "bytes"} of `dataset.eval`; max_batches=0: the whole split.
+    """{"loss" (nats a target), "perplexity", "bits_per_byte", "tokens", "bytes"} of `dataset.eval`; max_batches=0: the whole
+    split.
 
     Rows are summed on the device in float32 and added here in float64, always in the order of the split.
     """

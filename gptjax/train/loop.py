@@ -1,6 +1,7 @@
 """A run, as a story: data, state, then step after step; metrics, evaluations and checkpoints on the way; a result at the end.
 
-A run is a folder. The same call goes on where the folder's newest intact checkpoint stands, and a finished run answers with its result.
+A run is a folder. The same call goes on where the folder's newest intact checkpoint stands, and a finished run answers with
+its result.
 """
 
 from __future__ import annotations
@@ -216,9 +217,7 @@ def _read(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
 def _check_finite(run: Run, step: int, streak: int) -> None:
     documents = batch_documents(run.config, run.dataset.train, step - 1)
     named = ", ".join(documents[:8]) + (f" and {len(documents) - 8} more" if len(documents) > 8 else "")
-    run.line(
-        f"step {step}: the gradient is not finite; the parameters are left as they were ({streak} in a row; {named})."
-    )
+    run.line(f"step {step}: the gradient is not finite; the parameters are left as they were ({streak} in a row; {named}).")
     limit = run.config.train.max_nonfinite_steps
     if streak >= limit:
         raise NonFiniteError(
@@ -261,7 +260,10 @@ def _sample(run: Run, params: Any, step: int) -> None:
 
 
 def _save(run: Run, state: TrainState, step: int) -> None:
-    """Rows of metrics are on the disk before the checkpoint that makes them final. What else than the state a checkpoint holds: where the data goes on, and the evaluation where the run is at its end."""
+    """Rows of metrics are on the disk before the checkpoint that makes them final.
+
+    What else than the state a checkpoint holds: where the data goes on, and the evaluation where the run is at its end.
+    """
     about = {"data": {"next_step": step}, "seconds": run.seconds, "eval": run.final_figures, "config": to_dict(run.config)}
     run.metrics.sync()
     run.checkpoints.save(step, state, about)

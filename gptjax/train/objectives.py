@@ -22,8 +22,8 @@ class Example(NamedTuple):
 def causal(batch: Mapping[str, jax.Array]) -> Example:
     """Predict each token from those before it in its segment.
 
-    `batch`: `tokens`, `segment_ids` (0 is padding), `positions`, each [B, T + 1]; a `loss_mask` [B, T + 1] of 0 and 1, where given,
-    says which tokens count as targets.
+    `batch`: `tokens`, `segment_ids` (0 is padding), `positions`, each [B, T + 1]; a `loss_mask` [B, T + 1] of 0 and 1, where
+    given, says which tokens count as targets.
     """
     tokens, segment_ids, positions = batch["tokens"], batch["segment_ids"], batch["positions"]
     same_segment = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)

@@ -178,7 +178,8 @@ def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.Gradien
 
 
 def evaluation_params(config: OptimizerConfig, state: Any) -> Any:
-    """The parameters to evaluate, sample from and export: the average where there is one, schedule-free's x, else `state.params`."""
+    """The parameters to evaluate, sample from and export: the average where there is one, schedule-free's x, else
+    `state.params`."""
     if state.ema_params is not None:
         return state.ema_params
     if config.name == "schedule_free_adamw":

@@ -54,7 +54,10 @@ def load_run(
 
 
 def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None]) -> Any:
-    """The parameters that `init_from` names, laid over the mesh; None where it is empty. Raises `UserError` where they don't fit."""
+    """The parameters that `init_from` names, laid over the mesh; None where it is empty.
+
+    Raises `UserError` where they don't fit.
+    """
     if not config.init_from:
         return None
     folder = pathlib.Path(config.init_from)

@@ -1,7 +1,7 @@
 """One training step, compiled once: gradients, accumulation, clipping, update.
 
-Loss is a sum over weighted tokens divided by the sum of weights; both sums run over micro-batches and devices before the one division,
-so that a batch gives the same gradient however it is split.
+Loss is a sum over weighted tokens divided by the sum of weights; both sums run over micro-batches and devices before the one
+division, so that a batch gives the same gradient however it is split.
 """
 
 from __future__ import annotations
@@ -193,7 +193,10 @@ def _step(config: Config, lengths: Lengths, state: TrainState, batch: Batch) -> 
 
 @functools.cache
 def make_train_step(config: Config, lengths: Lengths, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics), jitted; the state that goes in is donated. The same arguments give the same function."""
+    """(state, batch) -> (state, metrics), jitted; the state that goes in is donated.
+
+    The same arguments give the same function.
+    """
     shardings = state_shardings(config, lengths, mesh)
     step = jax.jit(
         functools.partial(_step, config, lengths),
