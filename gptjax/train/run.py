@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -137,61 +138,67 @@ class RunLock:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Whoever held the lock may have removed the file between our opening and our locking it: then ours is no lock.
-                if os.path.exists(self.path) and os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
+                if os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
                     return descriptor
             except BlockingIOError:
-                holder = _read_lock(descriptor, patience=1.0)
+                holder = _read_live_lock(descriptor)
                 os.close(descriptor)
-                raise UserError(self._refusal(holder)) from None
+                raise UserError(f"{self.path.parent} is in use by a live run, {_who(holder)}.") from None
             except FileNotFoundError:
                 pass
             except OSError as error:
-                if not self._unlockable(error, descriptor):
-                    os.close(descriptor)
+                os.close(descriptor)
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise
-                return descriptor
+                return self._open_without_flock(error)
             os.close(descriptor)
 
-    def _unlockable(self, error: OSError, descriptor: int) -> bool:
-        """Whether the file system has no flock at all (some Lustre mounts); then the file's content is the whole lock."""
+    def _open_without_flock(self, error: OSError) -> int:
+        """Some network file systems have no flock. Then the file's being there is the lock, and only a person can recover it."""
+        descriptor = os.open(self.path, os.O_RDWR)
         holder = _read_lock(descriptor)
         if holder:
             os.close(descriptor)
             raise UserError(
-                f"{self._refusal(holder)} The file system has no flock, so a dead run's lock is not told from a live one's: "
-                f"if no run is alive, remove {self.path}."
+                f"{self.path.parent} is locked by {_who(holder)}, and its file system has no flock to tell whether that run is "
+                f"alive; if it is not, remove {self.path}."
             ) from error
-        self._log(
-            f"{self.path.parent} is on a file system without flock ({error.strerror}); only {self.path.name} guards the run."
-        )
-        return True
+        self._log(f"the file system of {self.path} has no flock ({error.strerror}): two runs started at once would both go on.")
+        return descriptor
 
     def _settle_with_the_one_before(self, holder: dict[str, Any]) -> None:
         if not holder:
             return
         if holder["host"] != socket.gethostname():
             raise UserError(
-                f"{self._refusal(holder)[:-1]}, a host whose processes are not seen from {socket.gethostname()}; "
+                f"{self.path.parent} is locked by {_who(holder)}, whose processes are not seen from {socket.gethostname()}; "
                 f"if no run is alive there, remove {self.path}."
             )
-        if is_alive(holder["pid"], holder["started"]):
-            raise UserError(self._refusal(holder))
-        self._log(f"recovered the lock that process {holder['pid']} left in {self.path.parent} when it died.")
-
-    def _refusal(self, holder: dict[str, Any]) -> str:
-        who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-        return f"{self.path.parent} is the folder of a run that {who} has locked."
+        if is_alive(holder["pid"], holder["started"]):  # a mount on which flock is granted to everybody
+            raise UserError(f"{self.path.parent} is in use by a live run, {_who(holder)}.")
+        self._log(f"recovered the lock on {self.path.parent} that {_who(holder)} left when it died.")
 
 
-def _read_lock(descriptor: int, patience: float = 0.0) -> dict[str, Any]:
-    """The lock's content; {} where it is empty or torn. `patience` in seconds waits for a holder who is just writing it."""
+def _who(holder: dict[str, Any]) -> str:
+    return f"process {holder['pid']} on {holder['host']}" if holder else "a process that has not yet written its name"
+
+
+def _read_lock(descriptor: int) -> dict[str, Any]:
+    """The lock's content; {} where it is empty or torn."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        content = json.loads(os.pread(descriptor, 4096, 0))
+        return {"host": str(content["host"]), "pid": int(content["pid"]), "started": str(content["started"])}
+    return {}
+
+
+def _read_live_lock(descriptor: int, patience: float = 1.0) -> dict[str, Any]:
+    """The same of a lock that is held: its holder may not yet have written over a dead name."""
     deadline = time.monotonic() + patience
     while True:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            content = json.loads(os.pread(descriptor, 4096, 0))
-            return {"host": str(content["host"]), "pid": int(content["pid"]), "started": content["started"]}
-        if time.monotonic() >= deadline:
-            return {}
+        holder = _read_lock(descriptor)
+        settled = holder and (holder["host"] != socket.gethostname() or is_alive(holder["pid"], holder["started"]))
+        if settled or time.monotonic() >= deadline:
+            return holder
         time.sleep(0.02)
 
 
@@ -261,10 +268,9 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     """{"params/blocks/mlp/kernel": leaf, ...}, sorted by name. A field, a key and a place in a tuple are written alike."""
     import jax
 
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    if len(leaves) != len(jax.tree.leaves(tree)):
+    with_paths = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in with_paths}
+    if len(leaves) != len(with_paths):
         raise ValueError("two leaves of the tree have the same path; a key must not hold '/'.")
     return dict(sorted(leaves.items()))
 
