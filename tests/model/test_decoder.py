@@ -251,7 +251,7 @@ def plain(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize(
-    "form", [{"scan_unroll": 0}, {"scan_unroll": 2}, {"remat": "dots"}, {"remat": "full"}, {"remat": "full", "scan_unroll": 0}], ids=str
+    "form", [{"scan_unroll": 0}, {"remat": "dots"}, {"remat": "full", "scan_unroll": 0}], ids=str
 )
 def test_unrolling_and_remat_change_nothing(plain: Any, form: dict[str, Any]) -> None:
     knobs, params, (loss, gradients) = plain
@@ -380,7 +380,8 @@ def test_initialisation(scaled: bool) -> None:
         model__num_layers=4, model__model_dim=64, model__vocab_size=256, model__max_seq_len=64, model__init_std=0.05,
         model__scaled_residual_init=scaled, model__tied_embeddings=False,
     )  # fmt: skip
-    params = nn.unbox(jax.jit(lambda: init_params(config, jnp.uint32(1)))())
+    init = jax.jit(lambda seed: nn.unbox(init_params(config, seed)))
+    params = init(jnp.uint32(1))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, leaf = parameter_path(path), np.asarray(leaf)
         if name.endswith("bias"):
@@ -396,6 +397,6 @@ def test_initialisation(scaled: bool) -> None:
                 assert len({layer.tobytes() for layer in leaf}) == 4, f"{name}: layers start alike"
     kernels = params["layers"]["attention"]
     assert not np.array_equal(kernels["query"]["kernel"], kernels["key"]["kernel"])
-    again, other = (nn.unbox(jax.jit(lambda s=s: init_params(config, jnp.uint32(s)))())["head"] for s in (1, 2))
+    again, other = (init(jnp.uint32(seed))["head"] for seed in (1, 2))
     np.testing.assert_array_equal(again, params["head"])
     assert not np.array_equal(other, params["head"])
