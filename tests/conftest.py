@@ -1,15 +1,65 @@
-"""Shared fixtures. Eight virtual CPU devices, so that sharded code is tested without any accelerator."""
+"""What every test stands on: the CPU, a cache of its own, no network, and the shared data where it is present."""
 
-from __future__ import annotations
+import importlib.util
+import os
+import pathlib
 
-import jax
-import pytest
+# Read by jax, matplotlib, tokenizers and the BLAS when they are first imported, so they are set before any test module is.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "offline")
+for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_threads, "2")
 
-jax.config.update("jax_num_cpu_devices", 8)
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+# A first call compiles, so its time says nothing about the code under test.
+hypothesis.settings.register_profile("gptjax", deadline=None)
+hypothesis.settings.load_profile("gptjax")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        skip = pytest.mark.skip(reason=f"{' and '.join(missing)} not installed (extra: parity)")
+        for item in items:
+            if item.get_closest_marker("parity"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_this_session(tmp_path_factory: pytest.TempPathFactory):
+    """Tokenized data goes into a folder of this test session, so that no test sees what an earlier one left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPTJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def repository() -> pathlib.Path:
+    """The root of the working tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder of real test data: $GPTJAX_SHARED_DATA, or ../shared/data beside the repository. Skips where there is none."""
+    folder = pathlib.Path(os.environ.get("GPTJAX_SHARED_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent; set GPTJAX_SHARED_DATA to the folder of shared test data")
+    return folder
 
 
 @pytest.fixture
 def eight_devices():
+    """Eight CPU devices of one process, for sharded code; they exist only where XLA was told so before its first use."""
+    import jax
+
     if jax.device_count() < 8:
-        pytest.skip("needs 8 devices")
+        pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
     return jax.devices()[:8]

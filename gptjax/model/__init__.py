@@ -1,0 +1,1 @@
+"""The decoder: pure Flax Linen modules."""

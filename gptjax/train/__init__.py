@@ -1,0 +1,1 @@
+"""State, objectives, optimizers, the step and the loop."""

@@ -49,8 +49,8 @@ def softmax_cross_entropy(
 
 def row_nll(
     hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, transposed: bool, chunk: int = 0, dtype: Any = jnp.float32
-) -> tuple[jax.Array, jax.Array]:
-    """(sum over the row of weight * nll, sum of weight), [B] float32 each, for evaluation; arguments as `softmax_cross_entropy`."""
+) -> jax.Array:
+    """Sum over each row of weight * nll, [B] in float32, without gradients; arguments as `softmax_cross_entropy`."""
     options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype))
     weights_BT = weights_BT.astype(jnp.float32)
 
@@ -59,7 +59,7 @@ def row_nll(
         return (nll_Bc * weights_Bc).sum(1), ()
 
     nll_B, _ = _over_chunks(options, head, one, (hidden_BTD, targets_BT, weights_BT))
-    return nll_B, weights_BT.sum(1)
+    return nll_B
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

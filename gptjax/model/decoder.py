@@ -1,0 +1,148 @@
+"""The decoder: a GPT, or a Llama, or what lies between, by `ModelConfig`.
+
+Axis letters, here and in every file of the package:
+
+    B batch          D model width      N query heads            L layers
+    T query position F MLP width        K key and value heads    V vocabulary
+    S key position   H head width       G = N // K, query heads that share a key head
+
+Modules are pure functions of (parameters, inputs): the key/value cache goes in and comes out, dropout takes its keys as an
+argument. Parameters of the L blocks are stacked on a leading axis, whether the blocks are scanned or unrolled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gptjax.config import ModelConfig
+from gptjax.model import primitives
+from gptjax.model.attention import Attention, Cache
+from gptjax.model.layers import MLP, Norm, parameter
+from gptjax.model.positions import rotary_angles
+from gptjax.parallel.sharding import constrain
+
+# What the backward pass may keep; everything else is computed again.
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, shared: tuple[Any, ...], layer: jax.Array, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        c = self.config
+        positions_BT, angles, segment_ids_BT, dropout_keys = shared
+        attention_keys = residual_keys = mlp_keys = None
+        if dropout_keys is not None:  # 0 is the embedding's; a block has three
+            attention_keys, residual_keys, mlp_keys = (primitives.fold_in(dropout_keys, 3 * layer + site) for site in (1, 2, 3))
+
+        x_BTD = constrain(x_BTD, "batch", "length", None)
+        y_BTD = Norm(c, name="attention_norm")(x_BTD)
+        y_BTD, cache = Attention(c, name="attention")(y_BTD, positions_BT, angles, segment_ids_BT, attention_keys, cache)
+        x_BTD = x_BTD + primitives.dropout(y_BTD, c.residual_dropout, residual_keys)
+
+        y_BTD = MLP(c, name="mlp")(Norm(c, name="mlp_norm")(x_BTD))
+        return x_BTD + primitives.dropout(y_BTD, c.residual_dropout, mlp_keys), cache
+
+
+class Embedding(nn.Module):
+    """Tokens, and learned positions where the config has them, to vectors."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        normal = nn.initializers.normal(c.init_std)
+        self.tokens = parameter(self, "tokens", normal, ("vocab", "embed"), (c.vocab_size, c.model_dim), c.param_dtype)
+        if c.position == "learned":
+            self.positions = parameter(
+                self, "positions", normal, ("positions", "embed"), (c.max_seq_len, c.model_dim), c.param_dtype
+            )
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        x_BTD = primitives.embed(self.tokens, tokens_BT)
+        if self.config.position == "learned":
+            x_BTD = x_BTD + primitives.embed(self.positions, positions_BT)
+        return x_BTD.astype(self.config.dtype)
+
+
+class Decoder(nn.Module):
+    """Token ids to logits."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        block = Block
+        if c.remat != "none":
+            # prevent_cse is for code outside a scan; inside, it only costs.
+            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=c.scan_unroll != 1)
+        self.embed = Embedding(c)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0, 0),
+            out_axes=0,
+            length=c.num_layers,
+            unroll=c.scan_unroll or c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.final_norm = Norm(c)
+        if not c.tied_embeddings:
+            normal = nn.initializers.normal(c.init_std)
+            self.head = parameter(self, "head", normal, ("embed", "vocab"), (c.model_dim, c.vocab_size), c.param_dtype)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        dropout_keys: Any = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """The normed output of the last block, [B, T, D], and the cache with these tokens written in.
+
+        `segment_ids_BT`: tokens see only their own segment (packed documents). `dropout_keys`: one a row; None: no dropout.
+        With a cache, token t stands at `positions_BT[:, t]` and sees all positions up to its own; without, it sees the row up
+        to t.
+        """
+        c = self.config
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        x_BTD = self.embed(tokens_BT, positions_BT)
+        if dropout_keys is not None:
+            x_BTD = primitives.dropout(x_BTD, c.embedding_dropout, primitives.fold_in(dropout_keys, 0))
+        angles = rotary_angles(positions_BT, c.head_dim, c.rope_base) if c.position == "rotary" else None
+        shared = (positions_BT, angles, segment_ids_BT, dropout_keys)
+        x_BTD, cache = self.layers(x_BTD, shared, jnp.arange(c.num_layers), cache)
+        return self.final_norm(x_BTD), cache
+
+    def __call__(self, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, Cache | None]:
+        """(logits [B, T, V] in float32, cache); arguments as `hidden`."""
+        hidden_BTD, cache = self.hidden(tokens_BT, *args, **kwargs)
+        table = self.embed.tokens if self.config.tied_embeddings else self.head
+        return logits(hidden_BTD, table, self.config), cache
+
+
+def logits(hidden_BTD: jax.Array, table: jax.Array, config: ModelConfig) -> jax.Array:
+    """[B, T, V] in float32; `table` is the embedding [V, D] where it is tied, the head [D, V] where not."""
+    dtype = jnp.dtype(config.dtype)
+    equation = "BTD,VD->BTV" if config.tied_embeddings else "BTD,DV->BTV"
+    return jnp.einsum(equation, hidden_BTD.astype(dtype), table.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def output_table(params: Any, config: ModelConfig) -> jax.Array:
+    """The parameter that turns hidden vectors into logits: [V, D] where tied, [D, V] where not."""
+    return params["embed"]["tokens"] if config.tied_embeddings else params["head"]

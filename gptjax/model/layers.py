@@ -1,0 +1,86 @@
+"""Norms, projections, MLPs, dropout. Axis letters are explained in decoder.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gptjax.config import ModelConfig
+from gptjax.model import primitives
+
+ACTIVATIONS = {"gelu": primitives.gelu, "gelu_tanh": primitives.gelu_tanh, "relu": jax.nn.relu, "silu": jax.nn.silu}
+
+
+def parameter(
+    module: nn.Module, name: str, initializer: Any, axes: tuple[str, ...], shape: tuple[int, ...], dtype: str
+) -> jax.Array:
+    """A parameter whose dimensions carry logical axis names."""
+    return module.param(name, nn.with_logical_partitioning(initializer, axes), shape, jnp.dtype(dtype))
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al., 2016) or RMSNorm (Zhang & Sennrich, 2019) over the last axis, in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+        width = (x_BTD.shape[-1],)
+        scale_D = parameter(self, "scale", nn.initializers.ones, ("embed",), width, c.param_dtype)
+        if c.norm == "rmsnorm":
+            return primitives.rms_norm(x_BTD, scale_D, c.norm_epsilon)
+        bias_D = parameter(self, "bias", nn.initializers.zeros, ("embed",), width, c.param_dtype) if c.norm_bias else None
+        return primitives.layer_norm(x_BTD, scale_D, bias_D, c.norm_epsilon)
+
+
+class Projection(nn.Module):
+    """A linear map from the last `inputs` axes to new ones, its kernel kept in its true shape: [*in, *out].
+
+    `into_residual` marks the maps that write into the residual stream, which GPT-2 starts smaller: there are 2 of them a
+    layer, and a sum of 2L terms of variance 1/(2L) has variance 1.
+    """
+
+    config: ModelConfig
+    in_axes: tuple[str, ...]
+    out_axes: tuple[str, ...]
+    out_shape: tuple[int, ...]
+    use_bias: bool
+    into_residual: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        std = c.init_std
+        if self.into_residual and c.scaled_residual_init:
+            std /= math.sqrt(2 * c.num_layers)
+        in_shape = x.shape[-len(self.in_axes) :]
+        kernel = parameter(
+            self, "kernel", nn.initializers.normal(std), self.in_axes + self.out_axes, in_shape + self.out_shape, c.param_dtype
+        )
+        bias = None
+        if self.use_bias:
+            bias = parameter(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape, c.param_dtype)
+        return primitives.linear(x, kernel, len(self.in_axes), jnp.dtype(c.dtype), bias)
+
+
+class MLP(nn.Module):
+    """Two projections around a non-linearity; gated: GLU variants (Shazeer, 2020), of which SwiGLU is silu."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+        activation = ACTIVATIONS[c.activation]
+        up_BTF = Projection(c, ("embed",), ("mlp",), (c.mlp_dim,), c.mlp_bias, name="up")(x_BTD)
+        if c.gated_mlp:
+            gate_BTF = Projection(c, ("embed",), ("mlp",), (c.mlp_dim,), c.mlp_bias, name="gate")(x_BTD)
+            hidden_BTF = activation(gate_BTF) * up_BTF
+        else:
+            hidden_BTF = activation(up_BTF)
+        return Projection(c, ("mlp",), ("embed",), (c.model_dim,), c.mlp_bias, into_residual=True, name="down")(hidden_BTF)

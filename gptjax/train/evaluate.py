@@ -1,0 +1,104 @@
+"""Loss over a whole split, the same for any batch size."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from gptjax.config import Config, UserError
+from gptjax.data.pipeline import Dataset, eval_batches
+from gptjax.model.decoder import Decoder, output_table
+from gptjax.parallel.sharding import batch_sharding, replicated
+from gptjax.train.loss import row_nll
+from gptjax.train.objectives import OBJECTIVES
+
+
+def eval_batch_size(config: Config, mesh: Mesh) -> int:
+    """Rows evaluated at once. Raises `UserError` where they don't divide over the mesh."""
+    rows = config.evaluate.batch_size or config.data.batch_size // config.train.accumulation_steps
+    if rows % mesh.size:
+        raise UserError(f"evaluate.batch_size={rows} does not divide over {mesh.size} devices.")
+    return rows
+
+
+def _sums(config: Config, params: Any, token_bytes: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """(nats, targets, UTF-8 bytes of the targets), each [B] in float32: a row's sum does not depend on the rows beside it."""
+    example = OBJECTIVES[config.objective.name](batch)
+    hidden_BTD, _ = Decoder(config.model).apply(
+        {"params": params},
+        example.inputs,
+        example.positions,
+        segment_ids_BT=example.segment_ids if config.data.packing == "packed" else None,
+        method=Decoder.hidden,
+    )
+    nats = row_nll(
+        hidden_BTD,
+        output_table(params, config.model),
+        example.targets,
+        example.weights,
+        transposed=config.model.tied_embeddings,
+        chunk=config.objective.loss_chunk,
+        dtype=jnp.dtype(config.model.dtype),
+    )
+    return nats, example.weights.sum(-1), (example.weights * token_bytes[example.targets]).sum(-1)
+
+
+@functools.cache
+def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., tuple[jax.Array, ...]]:
+    """(params, token_bytes [V], batch) -> the sums of `_sums`, jitted; the same arguments give the same function."""
+    step = jax.jit(functools.partial(_sums, config), out_shardings=replicated(mesh))
+
+    def run(params: Any, token_bytes: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+        with jax.set_mesh(mesh):
+            return step(params, token_bytes, batch)
+
+    run.compiled = step  # type: ignore[attr-defined]
+    return run
+
+
+def token_byte_counts(config: Config, dataset: Dataset) -> np.ndarray:
+    """[V] float32: bytes of text that each id stands for; ids beyond the tokenizer's stand for none."""
+    counts = np.zeros(config.model.vocab_size, np.float32)
+    own = dataset.tokenizer.token_bytes()
+    counts[: len(own)] = own
+    return counts
+
+
+def evaluate(config: Config, params: Any, dataset: Dataset, mesh: Mesh, max_batches: int = 0) -> dict[str, float | int]:
+    """{"loss" (nats a target), "perplexity", "bits_per_byte", "tokens", "bytes"} of `dataset.eval`; max_batches=0: the whole
+    split.
+
+    Rows are summed on the device in float32 and added here in float64, always in the order of the split.
+    """
+    step = make_eval_step(config, mesh)
+    token_bytes = jax.device_put(token_byte_counts(config, dataset), replicated(mesh))
+    batches = eval_batches(config, dataset.eval, eval_batch_size(config, mesh), jax.process_index(), jax.process_count())
+    totals = np.zeros(3)
+    pending: Any = None
+    for batch in itertools.islice(batches, max_batches or None):
+        on_device = {name: jax.make_array_from_process_local_data(batch_sharding(mesh), array) for name, array in batch.items()}
+        sums = step(params, token_bytes, on_device)
+        if pending is not None:  # the next batch is under way before these are waited for
+            totals += [np.sum(np.asarray(column), dtype=np.float64) for column in pending]
+        pending = sums
+    if pending is not None:
+        totals += [np.sum(np.asarray(column), dtype=np.float64) for column in pending]
+    nats, tokens, text_bytes = totals.tolist()
+    if tokens == 0:
+        raise UserError("the evaluation split has no token to predict; give it more text.")
+    loss = nats / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else math.nan,
+        "tokens": int(tokens),
+        "bytes": int(text_bytes),
+    }

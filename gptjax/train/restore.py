@@ -1,0 +1,80 @@
+"""Trained parameters from outside the run: another run's folder, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gptjax import config as config_lib
+from gptjax.config import Config, UserError
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.interop import huggingface
+from gptjax.parallel.mesh import make_mesh
+from gptjax.train.checkpoints import Checkpoints
+from gptjax.train.optimizers import Lengths, evaluation_params
+from gptjax.train.run import named_leaves
+from gptjax.train.step import abstract_state
+
+# A schedule's lengths don't change the shape of any state.
+_ANY_LENGTHS = Lengths(total=1, warmup=0, decay=1)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What evaluation and generation need of a run."""
+
+    config: Config
+    params: Any  # those to evaluate with: the average where the run keeps one
+    tokenizer: Tokenizer
+    step: int
+
+
+def load_run(
+    workdir: pathlib.Path, log: Callable[[str], None], step: int | None = None, config: Config | None = None
+) -> TrainedModel:
+    """The newest intact checkpoint of a run's folder, or that of `step`; `config`, where given, takes the place of the folder's.
+
+    Nothing in the folder is changed, so a live run is not disturbed. Raises `UserError` where there is none.
+    """
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"{workdir} is not a run's folder: it has no config.json.")
+    config = config or config_lib.from_json(workdir / "config.json")
+    mesh = make_mesh(config.mesh)
+    with Checkpoints(workdir / "checkpoints", config.checkpoint, log, read_only=True) as checkpoints:
+        restored = checkpoints.restore(abstract_state(config, _ANY_LENGTHS, mesh), step)
+    if restored is None:
+        raise UserError(f"{workdir} has no checkpoint yet.")
+    params = evaluation_params(config.optimizer, restored.state)
+    return TrainedModel(config, params, load_tokenizer(workdir / "tokenizer"), restored.step)
+
+
+def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None]) -> Any:
+    """The parameters that `init_from` names, laid over the mesh; None where it is empty.
+
+    Raises `UserError` where they don't fit.
+    """
+    if not config.init_from:
+        return None
+    folder = pathlib.Path(config.init_from)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"init_from={folder} is neither a run's folder nor a Hugging Face folder: it has no config.json.")
+    params = load_run(folder, log).params if (folder / "checkpoints").is_dir() else huggingface.load(folder)[1]
+    wanted = abstract_state(config, _ANY_LENGTHS, mesh).params
+    _check_fit(folder, params, wanted)
+    log(f"initial parameters from {folder}.")
+    return jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, wanted)
+
+
+def _check_fit(folder: pathlib.Path, params: Any, wanted: Any) -> None:
+    """Raises `UserError` naming the first parameter that only one side has, or that has another shape."""
+    here, there = named_leaves(wanted), named_leaves(params)
+    for name in sorted(here.keys() | there.keys()):
+        ours = here[name].shape if name in here else "absent"
+        theirs = there[name].shape if name in there else "absent"
+        if ours != theirs:
+            raise UserError(f"init_from={folder}: {name} is {theirs} there and {ours} in this config's model.")

@@ -1,0 +1,214 @@
+"""One training step, compiled once: gradients, accumulation, clipping, update.
+
+Loss is a sum over weighted tokens divided by the sum of weights; both sums run over micro-batches and devices before the one
+division, so that a batch gives the same gradient however it is split.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from gptjax.config import Config
+from gptjax.model import primitives
+from gptjax.model.decoder import Decoder, output_table
+from gptjax.parallel.sharding import batch_sharding, parameter_shardings, replicated
+from gptjax.train.loss import softmax_cross_entropy
+from gptjax.train.objectives import OBJECTIVES, Example
+from gptjax.train.optimizers import Lengths, make_optimizer, make_schedule
+from gptjax.train.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+# What a random key is for: folded into the seed first, so that no two uses ever share bits.
+INIT, DROPOUT = 0, 1
+
+
+def init_params(config: Config, seed: jax.Array) -> Any:
+    """Initial parameters as a function of (config, seed); they still carry their logical axis names."""
+    key = jax.random.fold_in(jax.random.key(seed), INIT)
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(config.model).init(key, tokens_BT)["params"]
+
+
+@functools.cache
+def state_shardings(config: Config, lengths: Lengths, mesh: Mesh) -> TrainState:
+    """A TrainState of NamedShardings: optimizer state that mirrors a parameter lies where the parameter lies."""
+    boxed = jax.eval_shape(lambda: init_params(config, jnp.uint32(0)))
+    shardings = parameter_shardings(boxed, mesh)
+    abstract = jax.eval_shape(lambda: _new_state(config, lengths, nn.unbox(init_params(config, jnp.uint32(0))), jnp.uint32(0)))
+    by_path = {
+        (tuple(path), leaf.shape): sharding
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        suffixes = (tuple(path[start:]) for start in range(len(path)))
+        return next((by_path[suffix, leaf.shape] for suffix in suffixes if (suffix, leaf.shape) in by_path), replicated(mesh))
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def _new_state(config: Config, lengths: Lengths, params: Any, seed: jax.Array) -> TrainState:
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, lengths))
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None,
+        seed=seed,
+        nonfinite_steps=jnp.int32(0),
+        nonfinite_streak=jnp.int32(0),
+    )
+
+
+def init_state(config: Config, lengths: Lengths, mesh: Mesh, params: Any = None) -> TrainState:
+    """The state at step 0, laid over the mesh. `params`, where given, takes the place of random ones."""
+    shardings = state_shardings(config, lengths, mesh)
+    with jax.set_mesh(mesh):
+        if params is not None:
+            build = jax.jit(lambda params, seed: _new_state(config, lengths, params, seed), out_shardings=shardings)
+            return build(params, jnp.uint32(config.train.seed))
+        build = jax.jit(
+            lambda seed: _new_state(config, lengths, nn.unbox(init_params(config, seed)), seed), out_shardings=shardings
+        )
+        return build(jnp.uint32(config.train.seed))
+
+
+def abstract_state(config: Config, lengths: Lengths, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, for restoring without computing it first."""
+    shapes = jax.eval_shape(lambda: _new_state(config, lengths, nn.unbox(init_params(config, jnp.uint32(0))), jnp.uint32(0)))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(config, lengths, mesh),
+    )
+
+
+def example_loss(config: Config, params: Any, example: Example, dropout_keys: Any) -> tuple[jax.Array, Metrics]:
+    """(sum of the weighted losses, its parts) of one micro-batch."""
+    packed = config.data.packing == "packed"
+    hidden_BTD, _ = Decoder(config.model).apply(
+        {"params": params},
+        example.inputs,
+        example.positions,
+        segment_ids_BT=example.segment_ids if packed else None,
+        dropout_keys=dropout_keys,
+        method=Decoder.hidden,
+    )
+    return softmax_cross_entropy(
+        hidden_BTD,
+        output_table(params, config.model),
+        example.targets,
+        example.weights,
+        transposed=config.model.tied_embeddings,
+        label_smoothing=config.objective.label_smoothing,
+        z_loss=config.objective.z_loss,
+        chunk=config.objective.loss_chunk,
+        dtype=jnp.dtype(config.model.dtype),
+    )
+
+
+def _dropout_keys(config: Config, seed: jax.Array, step: jax.Array) -> Any:
+    """One key a row of the global batch, [B, 2]: dropout does not depend on how the batch is split."""
+    model = config.model
+    if not (model.embedding_dropout or model.attention_dropout or model.residual_dropout):
+        return None
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), DROPOUT), step)
+    return primitives.row_keys(key, jnp.arange(config.data.batch_size))
+
+
+def summed_gradients(config: Config, params: Any, batch: Batch, dropout_keys: Any) -> tuple[Any, Metrics]:
+    """Gradient of the summed loss, and the summed parts, over all micro-batches."""
+    parts = config.train.accumulation_steps
+    objective = OBJECTIVES[config.objective.name]
+
+    def one(rows: tuple[Batch, Any]) -> tuple[Any, Metrics]:
+        micro_batch, keys = rows
+        loss_of = functools.partial(example_loss, config, example=objective(micro_batch), dropout_keys=keys)
+        (loss_sum, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return gradients, metrics | {"loss_sum": loss_sum}
+
+    if parts == 1:
+        return one((batch, dropout_keys))
+    # Row r goes to micro-batch r % parts, so that a device's share of the batch stays on it.
+    split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), (batch, dropout_keys))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], split)))
+    total, _ = jax.lax.scan(lambda total, rows: (jax.tree.map(jnp.add, total, one(rows)), None), zeros, split)
+    return total
+
+
+def _step(config: Config, lengths: Lengths, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    c = config.optimizer
+    schedule = make_schedule(c, lengths)
+    gradients, sums = summed_gradients(config, state.params, batch, _dropout_keys(config, state.seed, state.step))
+    weight = jnp.maximum(sums["weight_sum"], 1.0)
+    gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
+    gradient_norm = optax.tree.norm(gradients)
+    if c.clip_norm:
+        scale = jnp.minimum(1.0, c.clip_norm / jnp.maximum(gradient_norm, 1e-12))
+        gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+
+    updates, opt_state = make_optimizer(c, schedule).update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        ema_params = optax.incremental_update(params, ema_params, 1 - c.ema_decay)
+
+    # One infinite or NaN value anywhere shows in the norm; then nothing but the counters moves.
+    finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums["loss_sum"])
+    kept = (state.params, state.opt_state, state.ema_params)
+    params, opt_state, ema_params = jax.tree.map(functools.partial(jnp.where, finite), (params, opt_state, ema_params), kept)
+    updates_so_far = state.step - state.nonfinite_steps
+    bad = (~finite).astype(jnp.int32)
+    new_state = TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        ema_params=ema_params,
+        seed=state.seed,
+        nonfinite_steps=state.nonfinite_steps + bad,
+        nonfinite_streak=(state.nonfinite_streak + bad) * bad,
+    )
+    metrics = {
+        "loss": sums["loss_sum"] / weight,
+        "nll": sums["nll_sum"] / weight,
+        "weight": sums["weight_sum"],
+        "gradient_norm": gradient_norm,
+        "learning_rate": jnp.asarray(schedule(updates_so_far), jnp.float32),
+        "nonfinite_steps": new_state.nonfinite_steps,
+        "nonfinite_streak": new_state.nonfinite_streak,
+    }
+    return new_state, metrics
+
+
+@functools.cache
+def make_train_step(config: Config, lengths: Lengths, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """(state, batch) -> (state, metrics), jitted; the state that goes in is donated.
+
+    The same arguments give the same function.
+    """
+    shardings = state_shardings(config, lengths, mesh)
+    step = jax.jit(
+        functools.partial(_step, config, lengths),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with jax.set_mesh(mesh):
+            return step(state, batch)
+
+    run.compiled = step  # type: ignore[attr-defined]
+    return run
