@@ -53,3 +53,13 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent; set GPTJAX_SHARED_DATA to the folder of shared test data")
     return folder
+
+
+@pytest.fixture
+def eight_devices():
+    """Eight CPU devices of one process, for sharded code; they exist only where XLA was told so before its first use."""
+    import jax
+
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    return jax.devices()[:8]

@@ -80,7 +80,8 @@ def _dense(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, segment_ids_BT: Any, dropout_r
 
 
 def _blockwise(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, segment_ids_BT: Any, dropout_rate: float, dropout_keys: Any) -> jax.Array:
-    return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=segment_ids_BT)
+    options = {"dropout_rate": dropout_rate, "dropout_keys": dropout_keys}
+    return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=segment_ids_BT, **options)
 
 
 def _cudnn(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, segment_ids_BT: Any, dropout_rate: float, dropout_keys: Any) -> jax.Array:

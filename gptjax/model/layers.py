@@ -62,11 +62,10 @@ class Projection(nn.Module):
         kernel = parameter(
             self, "kernel", nn.initializers.normal(std), self.in_axes + self.out_axes, in_shape + self.out_shape, c.param_dtype
         )
-        y = primitives.linear(x, kernel, len(self.in_axes), jnp.dtype(c.dtype))
-        if not self.use_bias:
-            return y
-        bias = parameter(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape, c.param_dtype)
-        return y + bias.astype(y.dtype)
+        bias = None
+        if self.use_bias:
+            bias = parameter(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape, c.param_dtype)
+        return primitives.linear(x, kernel, len(self.in_axes), jnp.dtype(c.dtype), bias)
 
 
 class MLP(nn.Module):

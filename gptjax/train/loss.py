@@ -1,25 +1,162 @@
-"""Placeholder with the plain formula until the chunked loss lands."""
+"""Softmax cross-entropy over a large vocabulary, in chunks of positions, so that B x T x V logits are never held at once."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-
-def softmax_cross_entropy(hidden_BTD, table, targets_BT, weights_BT, *, transposed, label_smoothing, z_loss, chunk, dtype):
-    equation = "BTD,VD->BTV" if transposed else "BTD,DV->BTV"
-    logits = jnp.einsum(equation, hidden_BTD.astype(dtype), table.astype(dtype), preferred_element_type=jnp.float32)
-    lse = jax.nn.logsumexp(logits, -1)
-    nll = lse - jnp.take_along_axis(logits, targets_BT[..., None], -1)[..., 0]
-    loss = (1 - label_smoothing) * nll + label_smoothing * (lse - logits.mean(-1)) + z_loss * lse**2
-    return (loss * weights_BT).sum(), {"nll_sum": (nll * weights_BT).sum(), "weight_sum": weights_BT.sum()}
+# Bytes of float32 logits that one chunk may take on one device when the size is not given.
+_CHUNK_BYTES = 128 * 2**20
 
 
-def row_nll(hidden_BTD, table, targets_BT, weights_BT, *, transposed, chunk, dtype):
-    equation = "BTD,VD->BTV" if transposed else "BTD,DV->BTV"
-    logits = jnp.einsum(equation, hidden_BTD.astype(dtype), table.astype(dtype), preferred_element_type=jnp.float32)
-    lse = jax.nn.logsumexp(logits, -1)
-    nll = lse - jnp.take_along_axis(logits, targets_BT[..., None], -1)[..., 0]
-    return (nll * weights_BT).sum(-1)
+class _Options(NamedTuple):
+    transposed: bool
+    label_smoothing: float
+    z_loss: float
+    chunk: int
+    dtype: Any
+
+
+def softmax_cross_entropy(
+    hidden_BTD: jax.Array,
+    head: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    transposed: bool,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int = 0,
+    dtype: Any = jnp.float32,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(the sum over tokens of weight * loss, its parts), float32 scalars. Sums, so that they add over micro-batches and devices.
+
+    loss = (1 - label_smoothing) * nll + label_smoothing * (mean over V of -log p) + z_loss * log(Z)**2 (Szegedy et al., 2016; Chowdhery et al., 2022).
+    `head` is [D, V], or with `transposed` the embedding [V, D]. Products are in `dtype`, logits and softmax in float32. `chunk` is the number
+    of positions, of all rows together, whose logits are held at once; 0 chooses. Parts: `nll_sum` (without smoothing and z-loss), `weight_sum`
+    and `correct_sum` (weight where the target's logit is the largest); they carry no gradient.
+
+    Under differentiation the gradients for `hidden_BTD` and `head` are computed in the forward pass, chunk by chunk, and only scaled in the backward.
+    """
+    options = _Options(transposed, label_smoothing, z_loss, chunk, jnp.dtype(dtype))
+    loss, parts = _cross_entropy(options, hidden_BTD, head, targets_BT, weights_BT.astype(jnp.float32))
+    return loss, jax.lax.stop_gradient(parts) | {"weight_sum": weights_BT.astype(jnp.float32).sum()}
+
+
+def row_nll(
+    hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, transposed: bool, chunk: int = 0, dtype: Any = jnp.float32
+) -> jax.Array:
+    """Sum over each row of weight * nll, [B] in float32, without gradients; arguments as `softmax_cross_entropy`."""
+    options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype))
+    weights_BT = weights_BT.astype(jnp.float32)
+
+    def one(hidden_BcD, targets_Bc, weights_Bc):
+        _, nll_Bc, _ = _token_losses(options, _logits(options, hidden_BcD, head), targets_Bc)
+        return (nll_Bc * weights_Bc).sum(1), ()
+
+    nll_B, _ = _over_chunks(options, head, one, (hidden_BTD, targets_BT, weights_BT))
+    return nll_B
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(options, hidden_BTD, head, targets_BT, weights_BT):
+    def one(hidden_BcD, targets_Bc, weights_Bc):
+        return _weighted(_token_losses(options, _logits(options, hidden_BcD, head), targets_Bc), weights_Bc), ()
+
+    sums, _ = _over_chunks(options, head, one, (hidden_BTD, targets_BT, weights_BT))
+    return sums[0], {"nll_sum": sums[1], "correct_sum": sums[2]}
+
+
+def _cross_entropy_forward(options, hidden_BTD, head, targets_BT, weights_BT):
+    def one(hidden_BcD, targets_Bc, weights_Bc):
+        logits_BcV = _logits(options, hidden_BcD, head)
+        losses = _token_losses(options, logits_BcV, targets_Bc)
+        dlogits_BcV = _dlogits(options, logits_BcV, targets_Bc, weights_Bc)
+        dhidden_BcD = _dot(dlogits_BcV, head.astype(options.dtype), (2, 0 if options.transposed else 1))
+        flat_hidden, flat_dlogits = (x.reshape(-1, x.shape[-1]) for x in (hidden_BcD.astype(options.dtype), dlogits_BcV))
+        dhead = _dot(flat_dlogits, flat_hidden, (0, 0)) if options.transposed else _dot(flat_hidden, flat_dlogits, (0, 0))
+        return (_weighted(losses, weights_Bc), dhead), (dhidden_BcD.astype(hidden_BcD.dtype), losses[0])
+
+    (sums, dhead), (dhidden_BTD, losses_BT) = _over_chunks(options, head, one, (hidden_BTD, targets_BT, weights_BT))
+    return (sums[0], {"nll_sum": sums[1], "correct_sum": sums[2]}), (dhidden_BTD, dhead.astype(head.dtype), losses_BT)
+
+
+def _cross_entropy_backward(options, residuals, cotangents):
+    g = cotangents[0]
+    dhidden_BTD, dhead, losses_BT = residuals
+    return dhidden_BTD * g.astype(dhidden_BTD.dtype), dhead * g.astype(dhead.dtype), None, losses_BT * g
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _logits(options: _Options, hidden_BcD: jax.Array, head: jax.Array) -> jax.Array:
+    return _dot(hidden_BcD.astype(options.dtype), head.astype(options.dtype), (2, 1 if options.transposed else 0))
+
+
+def _token_losses(options: _Options, logits_BcV: jax.Array, targets_Bc: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(loss, nll, whether the target has the largest logit) of each token."""
+    top_Bc = logits_BcV.max(-1)
+    lse_Bc = top_Bc + jnp.log(jnp.exp(logits_BcV - top_Bc[..., None]).sum(-1))
+    target_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
+    nll_Bc = lse_Bc - target_Bc
+    loss_Bc = nll_Bc
+    if options.label_smoothing:
+        loss_Bc = loss_Bc + options.label_smoothing * (target_Bc - logits_BcV.mean(-1))
+    if options.z_loss:
+        loss_Bc = loss_Bc + options.z_loss * jnp.square(lse_Bc)
+    return loss_Bc, nll_Bc, target_Bc >= top_Bc
+
+
+def _weighted(terms: tuple[jax.Array, ...], weights_Bc: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple((x_Bc * weights_Bc).sum() for x_Bc in terms)
+
+
+def _dlogits(options: _Options, logits_BcV: jax.Array, targets_Bc: jax.Array, weights_Bc: jax.Array) -> jax.Array:
+    """Gradient of the weighted loss for the logits, in the type of the products that follow."""
+    lse_Bc1 = jax.nn.logsumexp(logits_BcV, axis=-1, keepdims=True)
+    gradient = jnp.exp(logits_BcV - lse_Bc1)
+    if options.z_loss:
+        gradient = gradient * (1 + 2 * options.z_loss * lse_Bc1)
+    is_target = targets_Bc[..., None] == jnp.arange(logits_BcV.shape[-1])
+    gradient = gradient - jnp.where(is_target, 1 - options.label_smoothing, 0.0)
+    if options.label_smoothing:
+        gradient = gradient - options.label_smoothing / logits_BcV.shape[-1]
+    return (gradient * weights_Bc[..., None]).astype(options.dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _over_chunks(options: _Options, head: jax.Array, one: Callable, arrays: tuple) -> tuple[Any, tuple]:
+    """`one(*chunk)` gives (results to sum, results [B, c, ...] to join along T). Chunks are cut along T, so that each takes a share of every row."""
+    batch, length = arrays[0].shape[:2]
+    vocab = head.shape[0 if options.transposed else 1]
+    positions = options.chunk or jax.device_count() * _CHUNK_BYTES // (4 * vocab)
+    chunks = -(-length // max(1, positions // batch))
+    size = -(-length // chunks)
+    if chunks == 1:
+        return one(*arrays)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (x.ndim - 2))  # weight 0
+        return jnp.moveaxis(x.reshape(batch, chunks, size, *x.shape[2:]), 1, 0)
+
+    def step(total, chunk):
+        to_sum, to_join = one(*chunk)
+        return jax.tree.map(jnp.add, total, to_sum), to_join
+
+    stacked = jax.tree.map(split, arrays)
+    total, first = one(*jax.tree.map(lambda x: x[0], stacked))
+    total, rest = jax.lax.scan(step, total, jax.tree.map(lambda x: x[1:], stacked))
+
+    def join(first, rest):
+        x = jnp.moveaxis(jnp.concatenate([first[None], rest]), 0, 1)
+        return x.reshape(batch, chunks * size, *x.shape[3:])[:, :length]
+
+    return total, jax.tree.map(join, first, rest)

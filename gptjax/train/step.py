@@ -17,6 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from gptjax.config import Config
+from gptjax.model import primitives
 from gptjax.model.decoder import Decoder, output_table
 from gptjax.parallel.sharding import batch_sharding, parameter_shardings, replicated
 from gptjax.train.loss import softmax_cross_entropy
@@ -119,12 +120,12 @@ def example_loss(config: Config, params: Any, example: Example, dropout_keys: An
 
 
 def _dropout_keys(config: Config, seed: jax.Array, step: jax.Array) -> Any:
-    """One key a row of the global batch, [B]: dropout does not depend on how the batch is split."""
+    """One key a row of the global batch, [B, 2]: dropout does not depend on how the batch is split."""
     model = config.model
     if not (model.embedding_dropout or model.attention_dropout or model.residual_dropout):
         return None
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), DROPOUT), step)
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(config.data.batch_size))
+    return primitives.row_keys(key, jnp.arange(config.data.batch_size))
 
 
 def summed_gradients(config: Config, params: Any, batch: Batch, dropout_keys: Any) -> tuple[Any, Metrics]:
