@@ -132,6 +132,10 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.write(row)
 
+    def has(self, step: int, key: str) -> bool:
+        """Whether the latest rows, if they are of `step`, hold `key`."""
+        return step == self._last_step and key in self._keys_at_last
+
     def sync(self) -> None:
         """Puts the rows on the disk itself: call it before a checkpoint is committed, so that none is lost to a power cut."""
         os.fsync(self._file.fileno())
@@ -288,8 +292,10 @@ class LiveLine:
         else:
             self._draw(force=True)
 
-    def checkpoint(self, step: int) -> None:
-        """The checkpoint of `step` is complete."""
+    def checkpoint(self, step: int | None) -> None:
+        """The checkpoint of `step` is complete; None or the same step again changes nothing."""
+        if step is None or step == self._saved:
+            return
         self._saved = step
         self._draw(force=True)
 
