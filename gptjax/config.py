@@ -85,12 +85,18 @@ class ModelConfig:
     residual_dropout: float = knob(0.0, "Dropout rate on each sub-layer's output.", at_least=0, below=1)
 
     init_std: float = knob(0.02, "Standard deviation of initial weights and embeddings.", above=0)
-    scaled_residual_init: bool = knob(True, "GPT-2's: projections into the residual stream start at init_std / sqrt(2 * num_layers).")
+    scaled_residual_init: bool = knob(
+        True, "GPT-2's: projections into the residual stream start at init_std / sqrt(2 * num_layers)."
+    )
 
-    dtype: str = knob("float32", "Matrix products; norms, softmax, logits and loss are always float32.", choices=("float32", "bfloat16"))
+    dtype: str = knob(
+        "float32", "Matrix products; norms, softmax, logits and loss are always float32.", choices=("float32", "bfloat16")
+    )
     param_dtype: str = knob("float32", "Parameters.", choices=("float32", "bfloat16"))
     remat: str = knob(
-        "none", "What the backward pass computes again: nothing, all but matrix products, everything.", choices=("none", "dots", "full")
+        "none",
+        "What the backward pass computes again: nothing, all but matrix products, everything.",
+        choices=("none", "dots", "full"),
     )
     scan_unroll: int = knob(1, "Layers in one iteration of the scan over layers; 0: all of them.", at_least=0)
     attention: str = knob("auto", "Attention backend; auto chooses by platform.", choices=("auto", "dense", "blockwise", "cudnn"))
@@ -108,7 +114,9 @@ class DataConfig:
     eval_split: str = knob("validation", "tfds: split to evaluate on, as in validation+test.")
     text_field: str = knob("text", "jsonl, tfds: the field that holds the text.")
     split_by: str = knob(
-        "hash", "How eval_fraction is held out: documents by a hash of their name, or the tail of the text.", choices=("hash", "tail")
+        "hash",
+        "How eval_fraction is held out: documents by a hash of their name, or the tail of the text.",
+        choices=("hash", "tail"),
     )
     eval_fraction: float = knob(0.1, "Share held out for evaluation.", above=0, below=1)
 
@@ -118,7 +126,9 @@ class DataConfig:
 
     tokenizer: str = knob("byte", "Text to ids.", choices=("byte", "char", "sentencepiece", "gpt2", "huggingface"))
     tokenizer_path: str = knob(
-        "", "sentencepiece: a .model file (empty: train one on the source); gpt2: the folder of encoder.json and vocab.bpe; huggingface: a tokenizer.json."
+        "",
+        "sentencepiece: a .model file (empty: train one on the source); gpt2: the folder of encoder.json and vocab.bpe; "
+        "huggingface: a tokenizer.json.",
     )
     tokenizer_vocab_size: int = knob(8192, "Vocabulary of a SentencePiece model trained on the source.", at_least=300)
     add_eos: bool = knob(True, "End each document with the end-of-text token, where the tokenizer has one.")
@@ -126,7 +136,8 @@ class DataConfig:
 
     packing: str = knob(
         "packed",
-        "packed: rows of whole documents and pieces, which never see each other; windows: random windows of the concatenated text (nanoGPT's way).",
+        "packed: rows of whole documents and pieces, which never see each other; "
+        "windows: random windows of the concatenated text (nanoGPT's way).",
         choices=("packed", "windows"),
     )
     seq_len: int = knob(256, "Tokens a row that are predicted.", at_least=1)
@@ -149,9 +160,7 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """Gradients to updates."""
 
-    name: str = knob(
-        "adamw", "Update rule.", choices=("adamw", "lion", "adafactor", "sgd", "muon", "schedule_free_adamw")
-    )
+    name: str = knob("adamw", "Update rule.", choices=("adamw", "lion", "adafactor", "sgd", "muon", "schedule_free_adamw"))
     learning_rate: float = knob(1e-3, "Peak learning rate.", at_least=0)
     schedule: str = knob(
         "cosine", "Learning rate after the warm-up.", choices=("constant", "cosine", "linear", "wsd", "inverse_sqrt")
@@ -159,7 +168,10 @@ class OptimizerConfig:
     warmup_steps: int = duration("steps", "Linear rise from 0")
     warmup_tokens: int = duration("tokens", "Linear rise from 0")
     warmup_epochs: float = duration("epochs", "Linear rise from 0")
-    decay_steps: int = duration("steps", "cosine, linear: steps from 0 at which the floor is reached (not given: the run's end); wsd: length of the final fall")
+    decay_steps: int = duration(
+        "steps",
+        "cosine, linear: steps from 0 at which the floor is reached (not given: the run's end); wsd: length of the final fall",
+    )
     decay_tokens: int = duration("tokens", "The same")
     decay_epochs: float = duration("epochs", "The same")
     final_fraction: float = knob(0.1, "The schedule's floor as a share of learning_rate.", at_least=0, at_most=1)
@@ -170,7 +182,9 @@ class OptimizerConfig:
     no_decay: tuple[str, ...] = knob(
         ("norm", "bias", "embed"), "Regular expressions; a parameter whose path one of them matches has no weight decay."
     )
-    muon_adam_learning_rate: float = knob(3e-4, "muon: learning rate of embeddings, head, norms and biases, which take AdamW.", at_least=0)
+    muon_adam_learning_rate: float = knob(
+        3e-4, "muon: learning rate of embeddings, head, norms and biases, which take AdamW.", at_least=0
+    )
     clip_norm: float = knob(1.0, "Gradients are scaled to at most this global norm; 0: never.", at_least=0)
     ema_decay: float = knob(0.0, "Decay of a moving average of parameters, used for evaluation; 0: none.", at_least=0, below=1)
 
@@ -184,7 +198,9 @@ class TrainConfig:
     duration_epochs: float = duration("epochs", "Length of the run")
     seed: int = knob(0, "Initial parameters, data order and dropout are functions of it.", at_least=0, at_most=2**31 - 1)
     accumulation_steps: int = knob(1, "Micro-batches that a batch is split into.", at_least=1)
-    max_nonfinite_steps: int = knob(10, "Steps in a row with a non-finite gradient that end the run.", at_least=1, shapes_run=False)
+    max_nonfinite_steps: int = knob(
+        10, "Steps in a row with a non-finite gradient that end the run.", at_least=1, shapes_run=False
+    )
 
 
 @dataclass(frozen=True)
@@ -195,7 +211,9 @@ class CheckpointConfig:
     every_tokens: int = duration("tokens", "Interval between checkpoints", shapes_run=False)
     every_epochs: float = duration("epochs", "Interval between checkpoints", shapes_run=False)
     keep_last: int = knob(2, "Latest checkpoints kept.", at_least=1, shapes_run=False)
-    keep_every_steps: int = knob(0, "Checkpoints at multiples of this many steps are kept for good; 0: none.", at_least=0, shapes_run=False)
+    keep_every_steps: int = knob(
+        0, "Checkpoints at multiples of this many steps are kept for good; 0: none.", at_least=0, shapes_run=False
+    )
     max_failures: int = knob(3, "Failed saves in a row that end the run.", at_least=1, shapes_run=False)
     asynchronous: bool = knob(True, "Write while training goes on.", shapes_run=False)
 
@@ -209,7 +227,9 @@ class MetricsConfig:
     every_epochs: float = duration("epochs", "Interval between rows of metrics.jsonl", shapes_run=False)
     tensorboard: bool = knob(False, "Also write TensorBoard event files (extra: tensorboard).", shapes_run=False)
     wandb: bool = knob(False, "Also write an offline Weights & Biases run (extra: wandb).", shapes_run=False)
-    peak_tflops: float = knob(0.0, "Peak TFLOP/s of one device, for the MFU; 0: looked up by the device's name.", at_least=0, shapes_run=False)
+    peak_tflops: float = knob(
+        0.0, "Peak TFLOP/s of one device, for the MFU; 0: looked up by the device's name.", at_least=0, shapes_run=False
+    )
 
 
 @dataclass(frozen=True)
@@ -219,8 +239,15 @@ class EvaluateConfig:
     every_steps: int = duration("steps", "Interval between evaluations (none of the three: only at the end)", shapes_run=False)
     every_tokens: int = duration("tokens", "Interval between evaluations", shapes_run=False)
     every_epochs: float = duration("epochs", "Interval between evaluations", shapes_run=False)
-    batch_size: int = knob(0, "Rows evaluated at once; 0: data.batch_size / train.accumulation_steps.", at_least=0, shapes_run=False)
-    max_batches: int = knob(0, "Batches of the evaluation inside the run; 0: the whole split. The last one is always whole.", at_least=0, shapes_run=False)
+    batch_size: int = knob(
+        0, "Rows evaluated at once; 0: data.batch_size / train.accumulation_steps.", at_least=0, shapes_run=False
+    )
+    max_batches: int = knob(
+        0,
+        "Batches of the evaluation inside the run; 0: the whole split. The last one is always whole.",
+        at_least=0,
+        shapes_run=False,
+    )
     sample_prompt: str = knob("", "Prompt of the sample at each evaluation.", shapes_run=False)
     sample_tokens: int = knob(0, "Length of the sample at each evaluation; 0: no sample.", at_least=0, shapes_run=False)
     sample_temperature: float = knob(0.8, "Temperature of that sample.", at_least=0, shapes_run=False)
@@ -247,7 +274,9 @@ class Config:
     metrics: MetricsConfig = MetricsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     mesh: MeshConfig = MeshConfig()
-    init_from: str = knob("", "A run's folder or a Hugging Face folder whose parameters the run starts from; empty: from scratch.")
+    init_from: str = knob(
+        "", "A run's folder or a Hugging Face folder whose parameters the run starts from; empty: from scratch."
+    )
 
     @property
     def tokens_per_step(self) -> int:
@@ -255,7 +284,7 @@ class Config:
         return self.data.batch_size * self.data.seq_len
 
     def duration(self, group: str, name: str, steps_per_epoch: float, default: int = 0) -> int:
-        """Steps of `{group}.{name}_steps|_tokens|_epochs`; `default` where none is given. Tokens and epochs round up to a whole step."""
+        """Steps of `{group}.{name}_steps|_tokens|_epochs`; `default` where none is given. Tokens and epochs round up."""
         section = getattr(self, group)
         steps = getattr(section, f"{name}_steps")
         tokens = getattr(section, f"{name}_tokens")
@@ -271,12 +300,13 @@ class Config:
         rows = self.model.vocab_size or tokenizer_vocab_size
         if rows < tokenizer_vocab_size:
             raise UserError(
-                f"model.vocab_size={rows} is smaller than the tokenizer's {tokenizer_vocab_size} ids; set it to 0 or to at least that."
+                f"model.vocab_size={rows} is smaller than the tokenizer's {tokenizer_vocab_size} ids; "
+                "set it to 0 or to at least that."
             )
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=rows))
 
 
-# --- the door: ConfigDict to dataclasses -------------------------------------------------------------------------------------------
+# --- the door: ConfigDict to dataclasses ---
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -398,7 +428,8 @@ def _derive(config: Config) -> Config:
     model = config.model
     if not model.head_dim and model.model_dim % model.num_heads:
         raise UserError(
-            f"model.num_heads={model.num_heads} does not divide model.model_dim={model.model_dim}; change one, or set model.head_dim."
+            f"model.num_heads={model.num_heads} does not divide model.model_dim={model.model_dim}; "
+            "change one, or set model.head_dim."
         )
     model = dataclasses.replace(
         model,
@@ -445,7 +476,9 @@ def _check_durations(config: Config) -> None:
         raise UserError("the run has no length: set train.duration_steps, train.duration_tokens or train.duration_epochs.")
     optimizer = config.optimizer
     if optimizer.schedule == "wsd" and not (optimizer.decay_steps or optimizer.decay_tokens or optimizer.decay_epochs):
-        raise UserError("optimizer.schedule=wsd needs the length of its final fall: set optimizer.decay_steps, decay_tokens or decay_epochs.")
+        raise UserError(
+            "optimizer.schedule=wsd needs the length of its final fall: set optimizer.decay_steps, decay_tokens or decay_epochs."
+        )
 
 
 def _check_source(data: DataConfig) -> None:
@@ -458,7 +491,7 @@ def _check_source(data: DataConfig) -> None:
         raise UserError(f"data.tokenizer={data.tokenizer} needs data.tokenizer_path, {what}.")
 
 
-# --- recipes and overrides ---------------------------------------------------------------------------------------------------------
+# --- recipes and overrides ---
 
 
 def load_recipe(spec: str, overrides: Sequence[str] = ()) -> Config:
@@ -478,7 +511,9 @@ def load_recipe(spec: str, overrides: Sequence[str] = ()) -> Config:
 
 def _call_recipe(path: pathlib.Path, argument: str) -> ml_collections.ConfigDict:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], n=1)
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], n=1
+        )
         hint = f"; did you mean {path.parent / near[0]}?" if near else "."
         raise UserError(f"the recipe {path} does not exist{hint}")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
