@@ -194,6 +194,7 @@ class WandB:
             name=f"{name}@{resume_step or 0}",
             dir=str(workdir),
             config=to_dict(config),
+            settings={"console": "off", "silent": True},  # its banners would tear the live line
         )
 
     def write(self, row: Mapping[str, Any]) -> None:

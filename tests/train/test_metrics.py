@@ -280,6 +280,16 @@ def test_the_line_never_wraps(monkeypatch, columns):
     (line,) = stream.screen()
     assert 0 < len(line) <= max(columns - 1, 1)
     assert "step 1,999/2,000"[: columns - 1] in line
+    if columns >= 20:  # no part is cut in two
+        assert line.split("  ")[-1] in {
+            "step 1,999/2,000",
+            "100%",
+            "loss 123.4560",
+            "- tokens/s",
+            "ETA -",
+            "not saved yet",
+            "evaluating",
+        }
 
 
 def test_redrawing_is_throttled():
