@@ -290,7 +290,7 @@ class Checkpoints:
         _compare(f"what was restored of checkpoint {chosen}", {name: _describe(leaf) for name, leaf in leaves.items()}, wanted)
         paths, structure = jax.tree_util.tree_flatten_with_path(abstract_state)
         names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-        # A typed key may come back with an equivalent sharding that is not equal, for which a compiled step would be compiled anew.
+        # A typed key may come back with an equivalent sharding that is not equal, for which the step would be compiled anew.
         placed = [jax.device_put(leaves[name], wanted[name].sharding) for name in names]
         return Restored(chosen, jax.tree.unflatten(structure, placed), about["metadata"])
 
