@@ -150,11 +150,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when nothing is being written, and reports as `poll` does."""
-        save, self._save = self._save, None
+        save = self._save
         if save is None:
             return
         if save.thread is not None:
-            save.thread.join()
+            save.thread.join()  # Ctrl-C may break in here; the save is then still known
+        self._save = None
         for note in save.notes:
             self._log(note)
         if save.error is None:
