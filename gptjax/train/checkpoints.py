@@ -114,8 +114,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Saves `state`, a pytree of jax arrays, and `metadata`, which JSON can hold.
 
-        Waits for the save before it. When it returns the state's buffers may be donated: on an accelerator they have been
-        copied to the host; on a CPU Orbax refers to them, and XLA gives a donated buffer that is referred to no second use. A
+        Waits for the save before it. When it returns the state's buffers may be donated: they have been copied to the host. A
         failure is reported, not raised, until `checkpoint.max_failures` in a row raise `CheckpointsFailing`. A step that this
         process saved or restored is not saved again.
         """
@@ -134,7 +133,7 @@ class Checkpoints:
             if _is_primary():
                 self._prepare(save.folder, about)
             with _orbax():
-                response = ocp.save_async(save.folder / "arrays", leaves)
+                response = ocp.save_async(save.folder / "arrays", {name: _own(leaf) for name, leaf in leaves.items()})
         except (OSError, ValueError, RuntimeError) as error:  # ValueError: tensorstore's, for every refusal of the disk
             self._abandon(save, error)
         else:
@@ -352,6 +351,12 @@ def _orbax() -> ocp.Context:
     context.array_options.saving.use_compression = False
     context.array_options.saving.enable_write_sharding_file = False  # the shardings are given at restore
     return context
+
+
+def _own(leaf: jax.Array) -> jax.Array:
+    """On a CPU, a copy: Orbax would refer to the step's buffer, and a donating step then stalls while XLA copies all of them."""
+    on_host = next(iter(leaf.sharding.device_set)).platform == "cpu"
+    return jax.device_put(leaf, leaf.sharding, may_alias=False) if on_host else leaf
 
 
 def _describe(leaf: Any) -> list[Any]:
