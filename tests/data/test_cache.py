@@ -46,7 +46,7 @@ def test_second_load_does_not_tokenize(folder, monkeypatch):
 
 def test_tokens_are_mapped_read_only_in_the_smallest_type(folder):
     dataset = load(folder)
-    assert isinstance(dataset.train.tokens, np.memmap) and dataset.train.tokens.dtype == np.uint16
+    assert isinstance(dataset.train.tokens.base, np.memmap) and dataset.train.tokens.dtype == np.uint16
     with pytest.raises(ValueError, match="read-only"):
         dataset.train.tokens[0] = 1
     assert load(folder, tokenizer="char").train.tokens.dtype == np.uint8
