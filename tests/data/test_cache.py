@@ -46,7 +46,7 @@ def test_second_load_does_not_tokenize(folder, monkeypatch):
 
 def test_tokens_are_mapped_read_only_in_the_smallest_type(folder):
     dataset = load(folder)
-    assert isinstance(dataset.train.tokens, np.memmap) and dataset.train.tokens.dtype == np.uint16
+    assert isinstance(dataset.train.tokens.base, np.memmap) and dataset.train.tokens.dtype == np.uint16
     with pytest.raises(ValueError, match="read-only"):
         dataset.train.tokens[0] = 1
     assert load(folder, tokenizer="char").train.tokens.dtype == np.uint8
@@ -60,11 +60,12 @@ def test_whatever_shapes_the_tokens_makes_another_entry(folder):
         load(folder, add_eos=False),
         load(folder, eval_fraction=0.6),
         load(folder, packing="windows"),
+        load(folder, add_bos=False, add_eos=False),
     ]
     (folder / "doc3.txt").write_text("changed")
     reports.append(load(folder))
     assert not any(dataset.report["from_cache"] for dataset in reports)
-    assert len({dataset.report["cache"] for dataset in reports}) == 7
+    assert len({dataset.report["cache"] for dataset in reports}) == 8
     assert load(folder, seq_len=9).report["from_cache"]
 
 
@@ -72,6 +73,8 @@ def damage(entry: pathlib.Path, how: str) -> None:
     file = entry / "train.tokens"
     if how == "truncated":
         file.write_bytes(file.read_bytes()[:-2])
+    elif how == "longer":
+        (entry / "eval.names").write_bytes((entry / "eval.names").read_bytes() + b" ")
     elif how == "missing":
         (entry / "eval.names").unlink()
     elif how == "no entry.json":
@@ -80,7 +83,7 @@ def damage(entry: pathlib.Path, how: str) -> None:
         (entry / "entry.json").write_bytes((entry / "entry.json").read_bytes()[:40])
 
 
-@pytest.mark.parametrize("how", ["truncated", "missing", "no entry.json", "half an entry.json"])
+@pytest.mark.parametrize("how", ["truncated", "longer", "missing", "no entry.json", "half an entry.json"])
 def test_damaged_entry_is_rebuilt(folder, how):
     expected = np.array(load(folder).train.tokens)
     damage(entry_of(folder), how)
@@ -118,6 +121,7 @@ def test_processes_that_write_at_once_all_succeed(folder, damaged):
 def test_a_writer_that_loses_the_race_takes_the_other_entry(folder, monkeypatch):
     """Another process puts its entry in place between the look-up and the move."""
     expected = load(folder).train.tokens.tolist()
+    number = entry_of(folder).stat().st_ino
     real, calls = cache.read_entry, []
 
     def first_look_finds_nothing(directory):
@@ -127,7 +131,7 @@ def test_a_writer_that_loses_the_race_takes_the_other_entry(folder, monkeypatch)
     monkeypatch.setattr(cache, "read_entry", first_look_finds_nothing)
     assert load(folder).train.tokens.tolist() == expected
     assert len(calls) > 1
-    entry_of(folder)
+    assert entry_of(folder).stat().st_ino == number  # left in place for those that read it
 
 
 @pytest.mark.parametrize(

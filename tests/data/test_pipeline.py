@@ -234,9 +234,10 @@ def test_documents_of_a_batch_are_named(folder, packing):
     config, dataset = make(folder, packing=packing)
     document_of = np.repeat(np.arange(len(dataset.train.names)), np.diff(dataset.train.offsets))
     # With each token its own place in the text, a batch tells where every one of its tokens is from.
-    split = dataclasses.replace(dataset.train, tokens=np.arange(dataset.train.num_tokens))
+    split = dataclasses.replace(dataset.train, tokens=np.arange(dataset.train.num_tokens, dtype=np.uint32))
     for step in range(50):
         batch = next(pipeline.train_batches(config, split, step))
+        assert {array.dtype for array in batch.values()} == {np.dtype(np.int32)}
         places = batch["tokens"][batch["segment_ids"] > 0]
         assert pipeline.batch_documents(config, split, step) == [split.names[d] for d in np.unique(document_of[places])]
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from gptjax.config import DataConfig, UserError
+from gptjax.data import sources
 from gptjax.data.cleaning import clean, clean_text
 from gptjax.data.sources import Document, documents, find_files, name_hash, open_sources
 
@@ -201,6 +202,13 @@ def test_truncated_array_record_is_noticed(copied_tfds, size):
         open_sources(tfds_config(copied_tfds))
 
 
+def test_array_record_with_fewer_records_than_its_index_says(copied_tfds):
+    (file,) = copied_tfds.rglob("*-train.array_record*")
+    sources._check_records(str(file), 1)
+    with pytest.raises(UserError, match="holds 1 of its 2 records"):
+        sources._check_records(str(file), 2)
+
+
 def test_missing_array_record_is_noticed(copied_tfds):
     (file,) = copied_tfds.rglob("*-test.array_record*")
     file.unlink()
@@ -226,7 +234,7 @@ class Texts(list):
 
 
 def test_cleaning_options():
-    text = "e\u0301\ufb01\x00\x1b\r\n\tx\x7f\x85"
+    text = "e\u0301\ufb01\x00\x0b\x1b\r\n\tx\x7f\x85"
     assert clean_text(text, DataConfig()) == text
     assert clean_text(text, DataConfig(drop_control_characters=True)) == "e\u0301\ufb01\n\tx"
     assert clean_text("e\u0301\ufb01", DataConfig(unicode_form="NFC")) == "\xe9\ufb01"

@@ -138,6 +138,15 @@ def test_gpt2_merges_equal_the_definition_on_long_words(gpt2):
 
 
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def test_gpt2_words():
+    assert word_pattern().findall("we're I've it's 'd") == ["we", "'re", " I", "'ve", " it", "'s", " '", "d"]
+    assert word_pattern().findall("I'm you'll can't x'd") == ["I", "'m", " you", "'ll", " can", "'t", " x", "'d"]
+    assert word_pattern().findall("ab12 ½x  \n\n c") == ["ab", "12", " ½", "x", "  \n\n", " c"]
+    assert word_pattern().findall("a\x1c!") == ["a", "\x1c!"]  # not Unicode white space, though `re` takes it for that
+
+
 # Unassigned code points may have been assigned since this Python's Unicode tables were made.
 ASSIGNED = st.text(alphabet=st.characters(exclude_categories=["Cs", "Cn"]))
 
@@ -208,6 +217,8 @@ def test_ids_outside_the_vocabulary_are_refused():
     for bad in (-1, 257):
         with pytest.raises(ValueError, match=f"id {bad} "):
             tokenizers.ByteTokenizer().decode([65, bad])
+        with pytest.raises(ValueError, match=f"id {bad} "):
+            tokenizers.CharTokenizer("ab").decode([0, bad])
     assert tokenizers.ByteTokenizer().decode([65, 256, 0xE4, 0xB8]) == "A\ufffd"
 
 
