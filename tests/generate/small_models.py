@@ -28,7 +28,7 @@ FAMILIES = {"gpt2": GPT2_LIKE, "llama": LLAMA_LIKE}
 
 
 def model_config(**knobs: Any) -> ModelConfig:
-    sizes = {"vocab_size": 37, "num_layers": 2, "model_dim": 16, "num_heads": 4, "mlp_dim": 24, "max_seq_len": 32}
+    sizes = {"vocab_size": 37, "num_layers": 2, "model_dim": 16, "num_heads": 4, "mlp_dim": 24, "max_seq_len": 16}
     values = {"model": sizes | knobs, "data": {"seq_len": 1}, "train": {"duration_steps": 1}}
     return from_dict(values).model
 
