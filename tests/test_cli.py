@@ -107,7 +107,7 @@ def test_config_shows_the_difference_of_two(capsys):
         "model.num_kv_heads": [12, 16],
         "model.mlp_dim": [3072, 4096],
     }
-    assert "model.num_layers   12 -> 24" in say(capsys, "config", recipe, f"{recipe}:medium")[1]
+    assert "model.num_layers    12 -> 24" in say(capsys, "config", recipe, f"{recipe}:medium")[1]
 
 
 @pytest.mark.parametrize(

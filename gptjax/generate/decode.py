@@ -189,7 +189,8 @@ def _append(request: _Request, rows: _Rows, logits_BV: jax.Array) -> _Rows:
     alive_B = ~rows.stopped_B
     batch, width = rows.tokens_BW.shape
     places_B = jnp.where(alive_B, rows.lengths_B, width)  # out of range, so dropped, where a row has stopped
-    return rows.replace(
+    return dataclasses.replace(
+        rows,
         tokens_BW=rows.tokens_BW.at[jnp.arange(batch), places_B].set(chosen_B, mode="drop"),
         lengths_B=rows.lengths_B + alive_B,
         stopped_B=rows.stopped_B | (chosen_B == request.eos_id),
@@ -207,7 +208,7 @@ def _advance(params: Any, config: ModelConfig, rows: _Rows) -> tuple[_Rows, jax.
     logits_BV, cache = _forward(
         params, config, tokens_B1, jnp.minimum(positions_B1, context - 1), jnp.zeros_like(rows.lengths_B), rows.cache
     )
-    rows = rows.replace(cache=cache)
+    rows = dataclasses.replace(rows, cache=cache)
     if rows.tokens_BW.shape[1] <= context:  # no row can get there
         return rows, logits_BV
     full_B = (positions_B1[:, 0] >= context) & ~rows.stopped_B
@@ -225,5 +226,5 @@ def _refill(params: Any, config: ModelConfig, rows: _Rows, logits_BV: jax.Array,
     wanted_B = jnp.full(batch, window - 1, jnp.int32)
     new_logits_BV, new_cache = _forward(params, config, tokens_BT, positions_BT, wanted_B, rows.cache)
     cache = jax.tree.map(lambda new, old: jnp.where(full_B[:, None, None, None], new, old), new_cache, rows.cache)
-    rows = rows.replace(starts_B=jnp.where(full_B, starts_B, rows.starts_B), cache=cache)
+    rows = dataclasses.replace(rows, starts_B=jnp.where(full_B, starts_B, rows.starts_B), cache=cache)
     return rows, jnp.where(full_B[:, None], new_logits_BV, logits_BV)

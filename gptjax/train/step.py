@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config
 from gptjax.model import primitives
-from gptjax.model import primitives
 from gptjax.model.decoder import Decoder, output_table
 from gptjax.parallel.sharding import batch_sharding, parameter_shardings, replicated
 from gptjax.train.loss import softmax_cross_entropy
