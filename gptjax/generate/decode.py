@@ -81,7 +81,7 @@ def bucket(length: int) -> int:
 def generate_tokens(
     params: Any,
     config: ModelConfig,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
     sampling: Sampling,
@@ -124,7 +124,7 @@ def generate_tokens(
     )
 
 
-def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int, vocab_size: int) -> None:
+def _check(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, seed: int, vocab_size: int) -> None:
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 0.")
     if not 0 <= seed < 2**32:
@@ -174,9 +174,8 @@ def _forward(
     params: Any, config: ModelConfig, tokens_BT: jax.Array, positions_BT: jax.Array, wanted_B: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """(logits [B, V] at index `wanted_B` of each row, the cache with the tokens written in)."""
-    hidden_BTD, cache = decoder.Decoder(config).apply(
-        {"params": params}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden
-    )
+    model = decoder.Decoder(config)
+    hidden_BTD, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden)  # type: ignore[assignment]
     hidden_B1D = jnp.take_along_axis(hidden_BTD, wanted_B[:, None, None], axis=1)
     return decoder.logits(hidden_B1D, decoder.output_table(params, config), config)[:, 0], cache
 

@@ -355,7 +355,7 @@ def _orbax() -> ocp.Context:
 
 def _own(leaf: jax.Array) -> jax.Array:
     """On a CPU, a copy: Orbax would refer to the step's buffer, and a donating step then stalls while XLA copies all of them."""
-    on_host = next(iter(leaf.sharding.device_set)).platform == "cpu"
+    on_host = all(device.platform == "cpu" for device in leaf.devices())
     return jax.device_put(leaf, leaf.sharding, may_alias=False) if on_host else leaf
 
 
