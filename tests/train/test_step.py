@@ -87,16 +87,16 @@ def test_loss_equals_float64_formulas(smoothing: float, z_loss: float) -> None:
 
 def test_causal_targets_by_hand() -> None:
     batch = {
-        "tokens": np.array([[5, 6, 7, 8, 9, 0]]),
-        "segment_ids": np.array([[1, 1, 1, 2, 2, 0]]),
-        "positions": np.array([[0, 1, 2, 0, 1, 0]]),
+        "tokens": np.array([[5, 6, 7, 8, 9, 0, 0]]),
+        "segment_ids": np.array([[1, 1, 1, 2, 2, 0, 0]]),
+        "positions": np.array([[0, 1, 2, 0, 1, 0, 0]]),
     }
     example = causal(batch)
-    assert example.inputs.tolist() == [[5, 6, 7, 8, 9]] and example.targets.tolist() == [[6, 7, 8, 9, 0]]
-    assert example.weights.tolist() == [[1, 1, 0, 1, 0]], "no document predicts the next one's first token, nor padding"
-    assert example.positions.tolist() == [[0, 1, 2, 0, 1]] and example.segment_ids.tolist() == [[1, 1, 1, 2, 2]]
-    masked = causal(batch | {"loss_mask": np.array([[0, 0, 1, 1, 1, 1]])})
-    assert masked.weights.tolist() == [[0, 1, 0, 1, 0]], "the mask is of targets"
+    assert example.inputs.tolist() == [[5, 6, 7, 8, 9, 0]] and example.targets.tolist() == [[6, 7, 8, 9, 0, 0]]
+    assert example.weights.tolist() == [[1, 1, 0, 1, 0, 0]], "no document predicts the next one's first token, nor padding"
+    assert example.positions.tolist() == [[0, 1, 2, 0, 1, 0]] and example.segment_ids.tolist() == [[1, 1, 1, 2, 2, 0]]
+    masked = causal(batch | {"loss_mask": np.array([[0, 0, 1, 1, 1, 1, 1]])})
+    assert masked.weights.tolist() == [[0, 1, 0, 1, 0, 0]], "the mask is of targets"
 
 
 # --- one step ------------------------------------------------------------------------------------------------------------------------
