@@ -29,7 +29,7 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(np.array, tree)
 
 
-# --- accumulation -----------------------------------------------------------------------------------------------------------------
+# --- accumulation ---------------------------------------------
 
 DROPOUT = {"model.embedding_dropout": 0.1, "model.attention_dropout": 0.2, "model.residual_dropout": 0.2, "model.num_layers": 1}
 
@@ -65,7 +65,7 @@ def test_accumulation_changes_nothing(parts: int, whole_batch: Any) -> None:
     tree_close(split_gradients, gradients, rtol=1e-5, atol=2e-6 * largest)
 
 
-# --- objective ----------------------------------------------------------------------------------------------------------------------
+# --- objective ---------------------------------------------
 
 
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.15, 0.01)])
@@ -73,7 +73,9 @@ def test_loss_equals_float64_formulas(smoothing: float, z_loss: float) -> None:
     config = small(LLAMA, objective__label_smoothing=smoothing, objective__z_loss=z_loss, model__num_layers=1)
     params, batch = random_params(config), random_batch(config, rows=3)
     example = causal(batch | {"loss_mask": np.random.default_rng(0).integers(0, 2, batch["tokens"].shape)})
-    logits, _ = Decoder(config.model).apply({"params": params}, example.inputs, example.positions, segment_ids_BT=example.segment_ids)
+    logits, _ = Decoder(config.model).apply(
+        {"params": params}, example.inputs, example.positions, segment_ids_BT=example.segment_ids
+    )
     logits = np.asarray(logits, np.float64)
     weights = np.asarray(example.weights)
     normaliser = np.log(np.exp(logits).sum(-1))
@@ -99,7 +101,7 @@ def test_causal_targets_by_hand() -> None:
     assert masked.weights.tolist() == [[0, 1, 0, 1, 0, 0]], "the mask is of targets"
 
 
-# --- one step ------------------------------------------------------------------------------------------------------------------------
+# --- one step ---------------------------------------------
 
 RUN = {"optimizer.learning_rate": 0.01, "optimizer.warmup_steps": 4, "optimizer.ema_decay": 0.9, "model.num_layers": 1}
 
@@ -159,7 +161,7 @@ def test_steps_learn_compile_once_and_donate() -> None:
 
 
 def test_clipping_scales_the_whole_gradient_and_logs_the_norm_before() -> None:
-    """SGD without momentum at a rate of 1 moves parameters by the gradient that it is given. The given parameters stay the caller's."""
+    """SGD without momentum at a rate of 1 moves parameters by the gradient that it is given."""
     config = small(model__num_layers=1, optimizer__name="sgd", optimizer__beta1=0.0, optimizer__weight_decay=0.0,
                    optimizer__learning_rate=1.0, optimizer__schedule="constant", optimizer__clip_norm=0.25)  # fmt: skip
     params, batch = random_params(config), random_batch(config)
@@ -188,7 +190,7 @@ def test_schedule_free_starts_from_given_parameters() -> None:
     assert not np.array_equal(found["embed"]["tokens"], given["embed"]["tokens"])
 
 
-# --- types under bfloat16, read from the jaxpr -------------------------------------------------------------------------------------------
+# --- types under bfloat16, read from the jaxpr ---------------------------------------------
 
 
 def equations(jaxpr: Any) -> Any:
@@ -212,7 +214,7 @@ def operands(jaxpr: Any, names: set[str]) -> list[tuple[str, tuple[int, ...], st
 @pytest.mark.parametrize("kind", [GPT2, LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("backend", ["dense", "blockwise"])
 def test_float32_where_it_must_be(kind: dict[str, Any], backend: str) -> None:
-    """ReLU, so that every exponential is softmax's or the loss's; no width equals another, so that a shape tells what a product is."""
+    """ReLU, so that every exponential belongs to a softmax or the loss; only the vocabulary has 29 rows."""
     sizes = {"model.activation": "relu", "model.mlp_dim": 40, "model.vocab_size": 29, "model.dtype": "bfloat16"}
     config = small(kind, sizes, model__attention=backend)
     params, batch = random_params(config), random_batch(config)
