@@ -240,7 +240,7 @@ def test_sgd_without_momentum_is_the_gradient() -> None:
 
 
 def test_adafactor_steps_are_bounded_by_the_rate() -> None:
-    """Its update has a root mean square of at most 1 a parameter; at the first step of a matrix too small to factor it is the sign."""
+    """Its update has a root mean square of at most 1 a parameter; unfactored, the first step is the sign."""
     config = small(
         optimizer__name="adafactor", optimizer__learning_rate=0.1, optimizer__schedule="constant", optimizer__weight_decay=0.0
     )

@@ -1,4 +1,4 @@
-"""The training step: the same gradient however a batch is split, what it does with a gradient that is not finite, and its types."""
+"""The training step: one gradient however a batch is split, what a gradient that is not finite does, and types."""
 
 from __future__ import annotations
 
