@@ -22,7 +22,7 @@ from gptjax.train.optimizers import parameter_path
 from gptjax.train.step import example_loss, init_params
 from tests.small import GPT2, KINDS, LLAMA, packed_row, random_batch, random_params, small, tree_close
 
-# --- golden: float64 numpy -----------------------------------------------------------------------------------------------------
+# --- golden: float64 numpy ---------------------------------------------
 
 ERF = np.vectorize(math.erf)
 ACTIVATION_64 = {
@@ -58,7 +58,9 @@ def forward_64(model: Any, params: Any, tokens: np.ndarray, positions: np.ndarra
         layer = jax.tree.map(lambda leaf, n=number: leaf[n], p["layers"])
         a = layer["attention"]
         h = norm_64(model, layer["attention_norm"], x)
-        q, k, v = (np.einsum("td,dnh->tnh", h, a[name]["kernel"]) + a[name].get("bias", 0.0) for name in ("query", "key", "value"))
+        q, k, v = (
+            np.einsum("td,dnh->tnh", h, a[name]["kernel"]) + a[name].get("bias", 0.0) for name in ("query", "key", "value")
+        )
         if model.position == "rotary":
             q, k = (rotate_64(y, positions, model.rope_base) for y in (q, k))
         mixed = np.zeros_like(q)
@@ -84,15 +86,27 @@ def forward_64(model: Any, params: Any, tokens: np.ndarray, positions: np.ndarra
 
 def apply(config: Any, params: Any, batch: Any) -> jax.Array:
     example = causal(batch)
-    return Decoder(config.model).apply({"params": params}, example.inputs, example.positions, segment_ids_BT=example.segment_ids)[0]
+    return Decoder(config.model).apply({"params": params}, example.inputs, example.positions, segment_ids_BT=example.segment_ids)[
+        0
+    ]
 
 
 VARIANTS = {
     "gpt2": GPT2,
     "llama": LLAMA,
-    "gpt2 exact gelu, no norm bias, untied": {"model.activation": "gelu", "model.norm_bias": False, "model.tied_embeddings": False},
+    "gpt2 exact gelu, no norm bias, untied": {
+        "model.activation": "gelu",
+        "model.norm_bias": False,
+        "model.tied_embeddings": False,
+    },
     "llama with biases, tied, wide heads": LLAMA
-    | {"model.attention_bias": True, "model.mlp_bias": True, "model.tied_embeddings": True, "model.head_dim": 6, "model.rope_base": 100.0},
+    | {
+        "model.attention_bias": True,
+        "model.mlp_bias": True,
+        "model.tied_embeddings": True,
+        "model.head_dim": 6,
+        "model.rope_base": 100.0,
+    },
     "relu, no positions, one key head": {"model.activation": "relu", "model.position": "none", "model.num_kv_heads": 1},
 }
 
@@ -108,7 +122,9 @@ def test_logits_equal_a_float64_forward(variant: str, backend: str) -> None:
     logits = np.asarray(apply(config, params, batch))
     example = causal(batch)
     for row in range(2):
-        expected = forward_64(config.model, params, *(np.asarray(x[row]) for x in (example.inputs, example.positions, example.segment_ids)))
+        expected = forward_64(
+            config.model, params, *(np.asarray(x[row]) for x in (example.inputs, example.positions, example.segment_ids))
+        )
         np.testing.assert_allclose(logits[row], expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
 
 
@@ -160,8 +176,7 @@ def test_rotary_equals_complex_turning_and_sees_only_distance() -> None:
 
     def score(p: int, s: int) -> np.ndarray:
         one = [
-            rotate(jnp.asarray(x[:, :1], jnp.float32), rotary_angles(jnp.array([[at]]), 8, 10000.0))
-            for x, at in ((q, p), (k, s))
+            rotate(jnp.asarray(x[:, :1], jnp.float32), rotary_angles(jnp.array([[at]]), 8, 10000.0)) for x, at in ((q, p), (k, s))
         ]
         return np.asarray((one[0] * one[1]).sum(-1))
 
@@ -169,14 +184,14 @@ def test_rotary_equals_complex_turning_and_sees_only_distance() -> None:
     assert np.abs(score(7, 3) - score(7, 4)).max() > 1e-2
 
 
-# --- causality and packing ------------------------------------------------------------------------------------------------------
+# --- causality and packing ---------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", sorted(set(ATTENTION_BACKENDS) - {"cudnn"}))
 @pytest.mark.parametrize("segments", [False, True])
 def test_no_gradient_reaches_a_later_token(backend: str, kind: str, segments: bool) -> None:
-    """Every position has a token of its own and the head is untied, so that the gradient of row i of the embedding is that of input i."""
+    """Tokens are distinct and the head is untied: the gradient of row i of the embedding is that of input i."""
     length = 12
     config = small(KINDS[kind], model__attention=backend, model__tied_embeddings=False)
     params = random_params(config)
@@ -233,7 +248,7 @@ def test_editing_one_document_leaves_the_others_bits(packing: Any) -> None:
         assert (after[start:end] != before[start:end]).any(-1).all()
 
 
-# --- one model in several forms -------------------------------------------------------------------------------------------------
+# --- one model in several forms ---------------------------------------------
 
 
 def loss_and_gradient(config: Any, params: Any) -> Any:
@@ -250,9 +265,7 @@ def plain(request: pytest.FixtureRequest) -> Any:
     return knobs, params, loss_and_gradient(config, params)
 
 
-@pytest.mark.parametrize(
-    "form", [{"scan_unroll": 0}, {"remat": "dots"}, {"remat": "full", "scan_unroll": 0}], ids=str
-)
+@pytest.mark.parametrize("form", [{"scan_unroll": 0}, {"remat": "dots"}, {"remat": "full", "scan_unroll": 0}], ids=str)
 def test_unrolling_and_remat_change_nothing(plain: Any, form: dict[str, Any]) -> None:
     knobs, params, (loss, gradients) = plain
     config = small(knobs, **{f"model__{name}": value for name, value in form.items()})
@@ -276,7 +289,9 @@ def test_scan_equals_a_loop_over_blocks(kind: str) -> None:
     angles = rotary_angles(example.positions, model.head_dim, model.rope_base) if model.position == "rotary" else None
     for number in range(3):
         layer = jax.tree.map(lambda leaf, n=number: leaf[n], params["layers"])
-        x, _ = Block(model).apply({"params": layer}, x, (example.positions, angles, example.segment_ids, None), jnp.int32(number), None)
+        x, _ = Block(model).apply(
+            {"params": layer}, x, (example.positions, angles, example.segment_ids, None), jnp.int32(number), None
+        )
     looped = Norm(model).apply({"params": params["final_norm"]}, x)
     np.testing.assert_allclose(scanned, looped, rtol=1e-5, atol=1e-5)
 
@@ -306,7 +321,7 @@ def test_grouped_heads_equal_repeated_ones() -> None:
     np.testing.assert_allclose(apply(grouped, params, batch), apply(whole, params_whole, batch), rtol=1e-5, atol=1e-5)
 
 
-# --- parameters -----------------------------------------------------------------------------------------------------------------
+# --- parameters ---------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)

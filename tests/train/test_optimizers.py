@@ -13,11 +13,19 @@ import optax
 import pytest
 
 from gptjax.config import UserError
-from gptjax.train.optimizers import OPTIMIZERS, Lengths, decay_mask, evaluation_params, make_optimizer, make_schedule, parameter_path
+from gptjax.train.optimizers import (
+    OPTIMIZERS,
+    Lengths,
+    decay_mask,
+    evaluation_params,
+    make_optimizer,
+    make_schedule,
+    parameter_path,
+)
 from gptjax.train.state import TrainState
 from tests.small import GPT2, LLAMA, random_params, small, tree_close, tree_equal
 
-# --- schedules ------------------------------------------------------------------------------------------------------------------
+# --- schedules ---------------------------------------------
 
 # peak 1, floor 0.1, 4 steps of warm-up, a run of 20
 WARM = {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0, 4: 1.0}
@@ -63,7 +71,7 @@ def test_lengths_in_other_units_and_refusals() -> None:
             Lengths.of(small(knobs), 1.0)
 
 
-# --- which parameters decay -------------------------------------------------------------------------------------------------------
+# --- which parameters decay ---------------------------------------------
 
 DECAYED = {
     "gpt2": {
@@ -114,7 +122,7 @@ def test_decay_is_rate_times_weight_decay_times_parameter(name: str) -> None:
         np.testing.assert_allclose(after[path], factor * before[path], rtol=1e-6, atol=1e-7, err_msg=path)
 
 
-# --- update rules -------------------------------------------------------------------------------------------------------------------
+# --- update rules ---------------------------------------------
 
 
 def updated(config: Any, params: Any, gradients: list[Any]) -> list[Any]:
@@ -232,8 +240,10 @@ def test_sgd_without_momentum_is_the_gradient() -> None:
 
 
 def test_adafactor_steps_are_bounded_by_the_rate() -> None:
-    """Its update has a root mean square of at most 1 a parameter; at the first step of a matrix too small to factor it is the sign."""
-    config = small(optimizer__name="adafactor", optimizer__learning_rate=0.1, optimizer__schedule="constant", optimizer__weight_decay=0.0)
+    """Its update has a root mean square of at most 1 a parameter; unfactored, the first step is the sign."""
+    config = small(
+        optimizer__name="adafactor", optimizer__learning_rate=0.1, optimizer__schedule="constant", optimizer__weight_decay=0.0
+    )
     params = draw(0)
     first, *later = updated(config, params, [draw(seed) for seed in range(1, 4)])
     tree_close(first, jax.tree.map(lambda p, g: p - 0.1 * np.sign(g), params, draw(1)), rtol=1e-4, atol=1e-5)
@@ -265,7 +275,11 @@ def test_muon_on_stacked_layers_is_muon_on_each_matrix() -> None:
     # every matrix of every layer is a parameter of its own, [inputs, outputs], as optax takes them by default
     alone = optax.contrib.muon(schedule, beta=0.95, weight_decay=0.3)
     flat = [
-        {f"{path} {layer}": jnp.asarray(named(tree)[path][layer]).reshape(shape) for path, shape in MATRICES.items() for layer in (0, 1)}
+        {
+            f"{path} {layer}": jnp.asarray(named(tree)[path][layer]).reshape(shape)
+            for path, shape in MATRICES.items()
+            for layer in (0, 1)
+        }
         for tree in (params, *gradients)
     ]
     matrices, update = flat[0], jax.jit(alone.update)
