@@ -87,6 +87,7 @@ def _gpt2_knobs(source: Source) -> Knobs:
         "num_layers": source.get("n_layer"),
         "model_dim": source.get("n_embd"),
         "num_heads": source.get("n_head"),
+        "num_kv_heads": source.get("n_head"),
         "mlp_dim": source.get("n_inner", 4 * source.get("n_embd")),
         "max_seq_len": source.get("n_positions"),
         "norm": "layernorm",
