@@ -1,7 +1,7 @@
 """Hugging Face folders (config.json and safetensors) to our knobs and parameters.
 
-An architecture is an entry of `ARCHITECTURES`: which knobs its config.json stands for, which of its keys must have one value since
-the decoder knows no other, and a table of tensors. Every tensor of the file is used or named as ignored; every parameter is found.
+An architecture is an entry of `ARCHITECTURES`: which knobs its config.json stands for, which of its keys must have one value
+since the decoder knows no other, and a table of tensors. Every tensor of a file is used or ignored by name; no parameter is left out.
 """
 
 from __future__ import annotations
@@ -224,8 +224,8 @@ HEAD = "lm_head.weight"
 def load(folder: pathlib.Path) -> tuple[Knobs, Any]:
     """(knobs of `ModelConfig`, parameters in our layout as a tree of float32 numpy arrays) of a Hugging Face folder.
 
-    Tensors are read one at a time into their place, so memory stays near the model's size in float32. Raises `UserError`, naming file
-    and key or tensor, for anything missing, left over, of another shape, or that the decoder cannot express.
+    Tensors are read one at a time into their place, so memory stays near the model's size in float32. Raises `UserError`, naming
+    file and key or tensor, for anything missing, left over, of another shape, or that the decoder cannot express.
     """
     folder = pathlib.Path(folder)
     source = _read_config(folder)
