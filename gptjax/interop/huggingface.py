@@ -1,7 +1,7 @@
 """Hugging Face folders (config.json and safetensors) to our knobs and parameters.
 
 An architecture is an entry of `ARCHITECTURES`: which knobs its config.json stands for, which of its keys must have one value
-since the decoder knows no other, and a table of tensors. Every tensor of a file is used or ignored by name; no parameter is missed.
+since the decoder knows no other, and a tensor table. Every tensor of a file is used or ignored by name; no parameter is missed.
 """
 
 from __future__ import annotations
