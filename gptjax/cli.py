@@ -216,11 +216,17 @@ class _Parser(argparse.ArgumentParser):
     """argparse, answering a mistake in one sentence with the nearest right name."""
 
     def error(self, message: str) -> Any:
-        known = [option for action in self._actions for option in action.option_strings]
+        parsers = [self, *(parser for action in self._actions for parser in _choices(action))]
+        known = [option for parser in parsers for action in parser._actions for option in action.option_strings]
         words = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
         near = difflib.get_close_matches(words[0], known, n=1) if "unrecognized" in message and words else []
         hint = f"; did you mean {near[0]}?" if near else f"; see `{self.prog} --help`."
         raise UserError(f"{message}{hint}")
+
+
+def _choices(action: argparse.Action) -> list[argparse.ArgumentParser]:
+    """The parsers of the verbs, where `action` is what chooses one."""
+    return list(action.choices.values()) if isinstance(action, argparse._SubParsersAction) else []
 
 
 def _positive(text: str) -> int:

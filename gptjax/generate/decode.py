@@ -1,12 +1,12 @@
 """Prefill and decode in one compiled call: a batch of requests is one dispatch.
 
-The rows of a batch are right-padded prompts, each at its own position. Prompts fill the cache in one pass; then a loop feeds each row's
-last token and draws the next until every row has stopped or the limit is reached. What padding leaves in the cache is never seen: a query
-sees slots up to its own position, and each slot is overwritten by the row's own token before the row gets there.
+The rows of a batch are right-padded prompts, each at its own position. Prompts fill the cache in one pass; then a loop feeds each
+row's last token and draws the next until every row has stopped or the limit is reached. What padding leaves in the cache is never
+seen: a query sees slots up to its own position, and each slot is overwritten by the row's own token before the row gets there.
 
-Past the context: a row whose `max_seq_len` positions are all taken goes on from the last `max_seq_len // 2` of its tokens, which are
-prefilled again at positions 0, 1, ...; this happens once every `max_seq_len - max_seq_len // 2` tokens, inside the same call, and
-leaves the other rows as they are.
+Past the context: a row whose `max_seq_len` positions are all taken goes on from the last `max_seq_len // 2` of its tokens (at
+least one), which are prefilled again at positions 0, 1, ...; this happens inside the same call, once for every
+`max_seq_len - max_seq_len // 2 + 1` tokens, and leaves the other rows as they are.
 
 Axis letters as in model/decoder.py, and P: padded prompt, W: prompt and continuation.
 """
@@ -92,10 +92,10 @@ def generate_tokens(
 ) -> Generated:
     """Continues each prompt by up to `max_new_tokens` tokens, or until it draws `eos_id`.
 
-    A row's tokens are a function of its prompt, `sampling`, the seed and its number in `samples` (None: 0 for every row), and not of what
-    else is in the batch: token i is drawn by a key made of (seed, sample, i). So equal prompts need different numbers to differ.
-    `vocab_size` is the tokenizer's; ids from there on are never drawn. Compiled once for each (config, rows, bucket of the longest
-    prompt, bucket of `max_new_tokens`).
+    A row's tokens are a function of its prompt, `sampling`, the seed and its number in `samples` (None: 0 for every row), and not
+    of what else is in the batch: token i is drawn by a key of (seed, sample, i). Equal prompts need different numbers to differ.
+    `vocab_size` is the tokenizer's; ids from there on are never drawn. Compiled once for each (config, rows, bucket of the
+    longest prompt, bucket of `max_new_tokens`), eos or none, whatever the settings.
 
     Raises `UserError` for an empty prompt, one longer than `max_seq_len`, and ids that the tokenizer does not have.
     """
@@ -124,28 +124,36 @@ def generate_tokens(
     )
 
 
-def _check(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, seed: int, vocab_size: int) -> None:
+def _check(
+    config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, seed: int, vocab_size: int
+) -> None:
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 0.")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} must be at least 0 and below 2**32.")
     if not 0 < vocab_size <= config.vocab_size:
-        raise UserError(f"the tokenizer has {vocab_size} ids, but the model's embedding has model.vocab_size={config.vocab_size} rows.")
+        raise UserError(
+            f"the tokenizer has {vocab_size} ids, but the model's embedding has model.vocab_size={config.vocab_size} rows."
+        )
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise UserError(f"prompt {number} is empty, and nothing can be predicted from nothing; begin with at least one token.")
+            raise UserError(
+                f"prompt {number} is empty, and nothing can be predicted from nothing; begin with at least one token."
+            )
         if len(prompt) > config.max_seq_len:
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens, more than model.max_seq_len={config.max_seq_len}, the most that the model may see."
+                f"prompt {number} has {len(prompt)} tokens, more than model.max_seq_len={config.max_seq_len}, the model's limit."
             )
         low, high = int(np.min(prompt)), int(np.max(prompt))
         if low < 0 or high >= vocab_size:
-            raise UserError(f"prompt {number} has the token id {low if low < 0 else high}, but ids go from 0 to {vocab_size - 1}.")
+            raise UserError(
+                f"prompt {number} has the token id {low if low < 0 else high}, but ids go from 0 to {vocab_size - 1}."
+            )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "room"))
 def compiled_generate(params: Any, request: _Request, config: ModelConfig, room: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(tokens [B, P + room], tokens of each row in use [B], rows that drew eos [B]). `room`: new tokens that there is space for."""
+    """(tokens [B, P + room], tokens of each row in use [B], rows that drew eos [B]). `room`: space for new tokens."""
     batch, width = request.prompts_BP.shape
     cache = Cache.empty(config, batch, min(width + room, config.max_seq_len))
     positions_BP = jnp.broadcast_to(jnp.arange(width), (batch, width))
@@ -174,8 +182,9 @@ def _forward(
     params: Any, config: ModelConfig, tokens_BT: jax.Array, positions_BT: jax.Array, wanted_B: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """(logits [B, V] at index `wanted_B` of each row, the cache with the tokens written in)."""
-    model = decoder.Decoder(config)
-    hidden_BTD, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden)  # type: ignore[assignment]
+    hidden_BTD, cache = decoder.Decoder(config).apply(  # type: ignore[assignment]
+        {"params": params}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden
+    )
     hidden_B1D = jnp.take_along_axis(hidden_BTD, wanted_B[:, None, None], axis=1)
     return decoder.logits(hidden_B1D, decoder.output_table(params, config), config)[:, 0], cache
 
@@ -183,7 +192,9 @@ def _forward(
 def _append(request: _Request, rows: _Rows, logits_BV: jax.Array) -> _Rows:
     """Draws the next token of every row that has not stopped."""
     key = jax.random.fold_in(jax.random.key(request.seed), SAMPLE)
-    keys_B = jax.vmap(lambda sample, index: jax.random.fold_in(jax.random.fold_in(key, sample), index))(request.samples_B, rows.lengths_B)
+    keys_B = jax.vmap(lambda sample, index: jax.random.fold_in(jax.random.fold_in(key, sample), index))(
+        request.samples_B, rows.lengths_B
+    )
     chosen_B = draw(within_vocabulary(logits_BV, request.vocab_size), keys_B, request.sampling)
     alive_B = ~rows.stopped_B
     batch, width = rows.tokens_BW.shape

@@ -1,7 +1,7 @@
 """Logits to a token: strategies as small functions over logits [B, V] in float32, composed in the order of `STRATEGIES`.
 
-A token that a strategy rules out has logit -inf from there on, so each strategy sees the renormalised rest of those before it. Every
-strategy depends on the values alone: tokens with equal logits stay or go together. All settings may be traced values.
+A token that a strategy rules out has logit -inf from there on, so each strategy sees the renormalised rest of those before it.
+Every strategy depends on the values alone: tokens with equal logits stay or go together. All settings may be traced values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gptjax.config import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. `greedy`, or a temperature of 0: the most probable token, and the other settings don't matter."""
+    """How the next token is drawn. `greedy`, or a temperature of 0: the most probable token, whatever the other settings."""
 
     temperature: float = 1.0  # logits are divided by it
     top_k: int = 0  # only the k most probable tokens; 0: all
@@ -52,7 +52,7 @@ def within_vocabulary(logits_BV: jax.Array, vocab_size: jax.Array) -> jax.Array:
 
 
 def apply_temperature(logits_BV: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Above 1 flatter, below 1 sharper. The highest logit is taken off first, so that a tiny temperature overflows nowhere that counts."""
+    """Above 1 flatter, below 1 sharper. The highest logit is taken off first: a tiny temperature then overflows only to -inf."""
     return (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature
 
 
@@ -69,7 +69,7 @@ def keep_top_k(logits_BV: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def keep_top_p(logits_BV: jax.Array, p: jax.Array) -> jax.Array:
-    """Keeps the fewest most probable tokens whose probabilities reach p (Holtzman et al., 2020), and those as probable as the last.
+    """Keeps the fewest most probable tokens whose probabilities reach p (Holtzman et al., 2020), and all that tie with the last.
 
     p = 1 keeps all.
     """

@@ -52,7 +52,7 @@ def generate_text(
 ) -> list[Completion]:
     """`num_samples` continuations of each prompt, prompt by prompt, drawn in one compiled call.
 
-    A prompt begins with the begin-of-text token where `data.add_bos` is set and the tokenizer has one, as documents did in training.
+    A prompt begins with the begin-of-text token where `data.add_bos` is set and the tokenizer has one, as training documents do.
     Sample i of a prompt is the same whatever other prompts and however many samples are asked for.
     Raises `UserError` for a prompt that is too long or, without a begin-of-text token, empty.
     """
@@ -89,12 +89,14 @@ def _encode(config: Config, tokenizer: Tokenizer, prompt: str) -> np.ndarray:
     if config.data.add_bos and tokenizer.bos_id is not None:
         return np.concatenate([np.array([tokenizer.bos_id], np.int32), ids])
     if len(ids) == 0:
-        raise UserError("the prompt is empty, and there is no begin-of-text token to start from; give a prompt of at least one character.")
+        raise UserError(
+            "the prompt is empty, and there is no begin-of-text token to start from; give a prompt of at least one character."
+        )
     return ids
 
 
 def _continuation(tokenizer: Tokenizer, prompt_ids: np.ndarray, new_ids: np.ndarray) -> str:
-    """The text that the new tokens add. Some tokenizers strip the space in front of a text, so it is decoded with the prompt where possible."""
+    """The text that the new tokens add, decoded behind the prompt: some tokenizers strip the space in front of a text."""
     before = tokenizer.decode(prompt_ids)
     whole = tokenizer.decode(np.concatenate([prompt_ids, new_ids]))
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new_ids)

@@ -1,7 +1,7 @@
 """Hugging Face folders (config.json and safetensors) to our knobs and parameters.
 
-An architecture is an entry of `ARCHITECTURES`: which knobs its config.json stands for, which of its keys must have one value since the
-decoder knows no other, and a table of tensors. Every tensor of the file is used or named as ignored, and every parameter is found.
+An architecture is an entry of `ARCHITECTURES`: which knobs its config.json stands for, which of its keys must have one value
+since the decoder knows no other, and a tensor table. Every tensor of a file is used or ignored by name; no parameter is missed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Source:
         return table[value]
 
 
-# --- GPT-2 -------------------------------------------------------------------------------------------------------------------------
+# --- GPT-2 ----------------------------------------------------------------------------------------------------------------------
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -87,6 +87,7 @@ def _gpt2_knobs(source: Source) -> Knobs:
         "num_layers": source.get("n_layer"),
         "model_dim": source.get("n_embd"),
         "num_heads": source.get("n_head"),
+        "num_kv_heads": source.get("n_head"),
         "mlp_dim": source.get("n_inner", 4 * source.get("n_embd")),
         "max_seq_len": source.get("n_positions"),
         "norm": "layernorm",
@@ -120,7 +121,7 @@ def _gpt2_rows(config: ModelConfig) -> list[Row]:
     return rows
 
 
-# --- Llama -------------------------------------------------------------------------------------------------------------------------
+# --- Llama ----------------------------------------------------------------------------------------------------------------------
 
 
 def _llama_knobs(source: Source) -> Knobs:
@@ -217,14 +218,14 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "is_enco
 HEAD = "lm_head.weight"
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------------------------------
 
 
 def load(folder: pathlib.Path) -> tuple[Knobs, Any]:
     """(knobs of `ModelConfig`, parameters in our layout as a tree of float32 numpy arrays) of a Hugging Face folder.
 
-    Tensors are read one at a time into their place, so memory stays near the model's size in float32. Raises `UserError`, naming file and
-    key or tensor, for anything missing, left over, of another shape, or that the decoder cannot express.
+    Tensors are read one at a time into their place, so memory stays near the model's size in float32. Raises `UserError`, naming
+    file and key or tensor, for anything missing, left over, of another shape, or that the decoder cannot express.
     """
     folder = pathlib.Path(folder)
     source = _read_config(folder)
@@ -232,7 +233,7 @@ def load(folder: pathlib.Path) -> tuple[Knobs, Any]:
     for key, allowed in (_MUST_BE | architecture.must_be).items():
         value = source.values.get(key, allowed[0])
         if value not in allowed:
-            raise UserError(f"{source.path}: {key}={value!r} is not something that the decoder can express; it knows {allowed[0]!r}.")
+            raise UserError(f"{source.path}: {key}={value!r} cannot be expressed by the decoder, which knows {allowed[0]!r}.")
     try:
         # The door of the schema checks types and bounds; what is not of the model only has to pass.
         knobs = architecture.knobs(source)
@@ -332,7 +333,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     raise UserError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
 
 
-# --- into our layout ---------------------------------------------------------------------------------------------------------------
+# --- into our layout ------------------------------------------------------------------------------------------------------------
 
 
 def _fill(architecture: Architecture, config: ModelConfig, tensors: Tensors) -> Any:
@@ -351,7 +352,9 @@ def _fill(architecture: Architecture, config: ModelConfig, tensors: Tensors) -> 
         if name not in tensors.where:
             raise UserError(f"{tensors.folder} has no tensor {name}.")
         if tensors.shape(name) != shape:
-            raise UserError(f"{tensors.folder}: the tensor {name} is of shape {tensors.shape(name)}, but config.json asks for {shape}.")
+            raise UserError(
+                f"{tensors.folder}: the tensor {name} has shape {tensors.shape(name)}, but config.json asks for {shape}."
+            )
     _account_for_the_rest(architecture, config, tensors, prefix, {name for _, _, name, _ in plan})
 
     flat = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
@@ -381,9 +384,7 @@ def _laid_out(row: Row, tensor: np.ndarray) -> np.ndarray:
     return np.split(tensor.T if row.layout == "out_in" else tensor, count, axis=-1)[index]
 
 
-def _account_for_the_rest(
-    architecture: Architecture, config: ModelConfig, tensors: Tensors, prefix: str, used: set[str]
-) -> None:
+def _account_for_the_rest(architecture: Architecture, config: ModelConfig, tensors: Tensors, prefix: str, used: set[str]) -> None:
     """A tensor that is not used must be one that holds no parameters, or the embedding once more."""
     for name in sorted(set(tensors.where) - used):
         if re.fullmatch(architecture.ignored, name.removeprefix(prefix)):
@@ -392,7 +393,7 @@ def _account_for_the_rest(
             embedding = next(prefix + row.name for row in architecture.rows(config) if row.path == "embed/tokens")
             if tensors.shape(name) == tensors.shape(embedding) and np.array_equal(tensors.read(name), tensors.read(embedding)):
                 continue
-            raise UserError(f"{tensors.folder}: {HEAD} differs from {embedding}, although config.json ties them (tie_word_embeddings).")
+            raise UserError(f"{tensors.folder}: {HEAD} differs from {embedding}, but tie_word_embeddings ties them.")
         raise UserError(f"{tensors.where[name][0]}: the tensor {name} has no place in this architecture.")
 
 

@@ -86,8 +86,9 @@ class Decoder(nn.Module):
         c = self.config
         block = Block
         if c.remat != "none":
-            # prevent_cse is for code outside a scan; inside, it only costs.
-            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=c.scan_unroll != 1)
+            # A loop keeps XLA from merging what is computed again with the first time; unrolled, or run once, it is no loop.
+            is_loop = c.scan_unroll == 1 and c.num_layers > 1
+            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not is_loop)
         self.embed = Embedding(c)
         self.layers = nn.scan(
             block,

@@ -32,6 +32,11 @@ Metrics = dict[str, jax.Array]
 INIT, DROPOUT = 0, 1
 
 
+def _float32(tree: Any) -> Any:
+    """Optimizer state, averages and summed gradients are float32 also where parameters are bfloat16."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
 def init_params(config: Config, seed: jax.Array) -> Any:
     """Initial parameters as a function of (config, seed); they still carry their logical axis names."""
     key = jax.random.fold_in(jax.random.key(seed), INIT)
@@ -64,8 +69,8 @@ def _new_state(config: Config, lengths: Lengths, params: Any, seed: jax.Array) -
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=optimizer.init(params),
-        ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None,
+        opt_state=optimizer.init(_float32(params)),
+        ema_params=jax.tree.map(jnp.copy, _float32(params)) if config.optimizer.ema_decay else None,
         seed=seed,
         nonfinite_steps=jnp.int32(0),
         nonfinite_streak=jnp.int32(0),
@@ -137,7 +142,7 @@ def summed_gradients(config: Config, params: Any, batch: Batch, dropout_keys: An
         micro_batch, keys = rows
         loss_of = functools.partial(example_loss, config, example=objective(micro_batch), dropout_keys=keys)
         (loss_sum, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-        return gradients, metrics | {"loss_sum": loss_sum}
+        return _float32(gradients), metrics | {"loss_sum": loss_sum}
 
     if parts == 1:
         return one((batch, dropout_keys))
@@ -153,13 +158,13 @@ def _step(config: Config, lengths: Lengths, state: TrainState, batch: Batch) -> 
     schedule = make_schedule(c, lengths)
     gradients, sums = summed_gradients(config, state.params, batch, _dropout_keys(config, state.seed, state.step))
     weight = jnp.maximum(sums["weight_sum"], 1.0)
-    gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
+    gradients = jax.tree.map(lambda g: g / weight, gradients)
     gradient_norm = optax.tree.norm(gradients)
     if c.clip_norm:
         scale = jnp.minimum(1.0, c.clip_norm / jnp.maximum(gradient_norm, 1e-12))
-        gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+        gradients = jax.tree.map(lambda g: g * scale, gradients)
 
-    updates, opt_state = make_optimizer(c, schedule).update(gradients, state.opt_state, state.params)
+    updates, opt_state = make_optimizer(c, schedule).update(gradients, state.opt_state, _float32(state.params))
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:

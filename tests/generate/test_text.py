@@ -10,7 +10,7 @@ import pytest
 
 from gptjax.config import Config, DataConfig, UserError
 from gptjax.generate.text import generate_text
-from tests.generate.small_models import greedy_by_full_forwards, model_config, random_params
+from tests.generate.small_models import GPT2_LIKE, greedy_by_full_forwards, model_config, random_params
 
 
 class Letters:
@@ -29,15 +29,20 @@ class Letters:
         return "".join(self.alphabet[token - 2] for token in ids if token >= 2).removeprefix(" ")
 
 
-CONFIG = dataclasses.replace(Config(), model=model_config(max_seq_len=32))
+CONFIG = dataclasses.replace(Config(), model=model_config(max_seq_len=32, **GPT2_LIKE))
 PARAMS = random_params(CONFIG.model, seed=3)
 
 
 def test_greedy_text_with_a_begin_of_text_token() -> None:
     (completion,) = generate_text(PARAMS, CONFIG, Letters(eos_id=None), ["HELLO"], max_new_tokens=6, greedy=True)
     # The embedding has rows that the tokenizer has no ids for.
-    restricted = {**PARAMS, "embed": {**PARAMS["embed"], "tokens": PARAMS["embed"]["tokens"][:29]}}
-    expected = greedy_by_full_forwards(restricted, model_config(max_seq_len=32, vocab_size=29), [0, *Letters().encode("HELLO")], 6)
+    restricted = {
+        **PARAMS,
+        "embed": {**PARAMS["embed"], "tokens": PARAMS["embed"]["tokens"][:29]},
+        "head": PARAMS["head"][:, :29],
+    }
+    config = model_config(max_seq_len=32, vocab_size=29, **GPT2_LIKE)
+    expected = greedy_by_full_forwards(restricted, config, [0, *Letters().encode("HELLO")], 6)
     assert list(completion.tokens) == expected
     assert completion.text == "".join(Letters.alphabet[token - 2] for token in expected if token >= 2)
     assert (completion.prompt, completion.sample, completion.finish_reason) == ("HELLO", 0, "length")
@@ -77,10 +82,13 @@ def test_samples_are_numbered_differ_and_do_not_depend_on_their_company() -> Non
 def test_a_leading_space_of_the_continuation_is_kept() -> None:
     space = Letters().encode(" ")[0]
     found = 0
-    for completion in generate_text(PARAMS, CONFIG, Letters(eos_id=None), ["AB"], max_new_tokens=2, num_samples=90, temperature=5.0):
-        if completion.tokens[0] == space:
-            found += 1
-            assert completion.text.startswith(" ")
+    for seed in range(12):
+        for completion in generate_text(
+            PARAMS, CONFIG, Letters(eos_id=None), ["AB"], max_new_tokens=2, num_samples=9, temperature=9.0, seed=seed
+        ):
+            if completion.tokens[0] == space:
+                found += 1
+                assert completion.text.startswith(" ")
     assert found
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 
 import pytest
 
@@ -112,7 +113,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(text_file, undisturbed, tmp_path, mon
 
 
 def test_a_run_that_lost_its_last_checkpoint_repeats_the_same_steps(text_file, undisturbed, tmp_path, monkeypatch, capsys):
-    stop_after(monkeypatch, 11, signal.SIGTERM)
+    stop_after(monkeypatch, 10, signal.SIGTERM)
     with pytest.raises(loop.Interrupted):
         loop.train(tiny(text_file), tmp_path)
     monkeypatch.undo()
@@ -123,7 +124,7 @@ def test_a_run_that_lost_its_last_checkpoint_repeats_the_same_steps(text_file, u
     victim.write_bytes(bytes(content))
     result = loop.train(tiny(text_file), tmp_path)
     said = capsys.readouterr().err
-    assert "is damaged" in said and "going on from the checkpoint of step 10" in said
+    assert "is damaged" in said and "going on from the checkpoint of step 5" in said
     assert result["state_sha256"] == undisturbed[1]["state_sha256"]
     assert rows_without_clock(tmp_path) == rows_without_clock(undisturbed[0])
 
@@ -180,23 +181,20 @@ def test_gradients_that_stay_non_finite_end_the_run_with_step_and_documents(text
 def test_a_run_starts_from_another_run(text_file, undisturbed, tmp_path):
     """With a learning rate of 0 it ends where the other one ended: at its average, which is what evaluation uses."""
     workdir, result = undisturbed
-    config = tiny(text_file, init_from=workdir, optimizer__learning_rate=0.0, train__duration_steps=1)
+    config = tiny(text_file, init_from=workdir, optimizer__learning_rate=0.0, train__duration_steps=2)
     assert loop.train(config, tmp_path)["eval"]["loss"] == pytest.approx(result["eval"]["loss"], abs=1e-6)
     with pytest.raises(UserError, match="layers/.* is .* there and .* in this config's model"):
         loop.train(tiny(text_file, init_from=workdir, model__num_layers=3), tmp_path / "other")
 
 
 @pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_runs_end_with_the_undisturbed_state(tmp_path, which):
+def test_killed_runs_end_with_the_undisturbed_state(tmp_path, monkeypatch, which):
     """The short form of experiments/resume/kill.py, in real processes."""
     spec = importlib.util.spec_from_file_location("kill", ROOT / "experiments/resume/kill.py")
     kill = importlib.util.module_from_spec(spec)
-    monkey = {"data.source": "stdlib"}
-    import sys
-
-    sys.modules["kill"] = kill  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, "kill", kill)  # where its dataclass looks itself up
     spec.loader.exec_module(kill)
-    outcome = kill.campaign(tmp_path, kills=2, which=which, steps=120, seed=1, extra=monkey)
+    outcome = kill.campaign(tmp_path, kills=2, which=which, steps=100, seed=1)
     assert len(outcome.kill_steps) == 2 and outcome.hashes and outcome.differing == 0
     if which == signal.SIGTERM:
         assert set(outcome.exit_statuses) == {75} and set(outcome.steps_lost) == {0}
