@@ -140,7 +140,7 @@ def work(name: str, size: dict[str, Any]) -> None:
     print(json.dumps({"setup_seconds": setup}), file=answers, flush=True)
     for line in sys.stdin:
         steps, start = 0, time.perf_counter()
-        while steps < 2 or time.perf_counter() - start < float(line):
+        while steps < 1 or time.perf_counter() - start < float(line):
             loss = one_step()
             steps += 1
         seconds = (time.perf_counter() - start) / steps
@@ -157,12 +157,16 @@ class Worker:
         command = [sys.executable, __file__, "--work", name, "--size", size]
         root = str(pathlib.Path(__file__).resolve().parents[2])
         environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch: spinning threads of a waiting worker would disturb the others
         for option in name.split("+")[1:]:
             environment |= OPTIONS.get(option, {}).get("env", {})
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-        self.setup_seconds = self._answer()["setup_seconds"]
+        self.setup_seconds = 0.0
 
-    def _answer(self) -> dict[str, float]:
+    def wait(self) -> None:
+        self.setup_seconds = self.answer()["setup_seconds"]
+
+    def answer(self) -> dict[str, float]:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"worker {self.name} ended with status {self.process.wait()}; run it alone with --work {self.name}.")
@@ -171,7 +175,7 @@ class Worker:
     def run(self, seconds: float) -> None:
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
-        self.rounds.append(self._answer())
+        self.rounds.append(self.answer())
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -182,6 +186,8 @@ def compare(size_name: str, names: list[str], rounds: int) -> dict[str, Any]:
     size = SIZES[size_name]
     tokens = size["batch"] * size["context"]
     workers = [Worker(name, size_name) for name in names]
+    for worker in workers:
+        worker.wait()
     for round_number in range(rounds):
         for worker in workers if round_number % 2 == 0 else reversed(workers):
             worker.run(size["seconds"])
