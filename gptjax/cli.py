@@ -127,7 +127,7 @@ def _config(arguments: argparse.Namespace) -> int:
     if len(configs) == 1:
         print(config_lib.to_json(configs[0]), end="")
         return 0
-    changed = config_lib.differences(*configs)
+    changed = config_lib.differences(configs[0], configs[1])
     if arguments.json:
         _print_json({key: list(pair) for key, pair in changed.items()})
         return 0

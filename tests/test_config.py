@@ -66,7 +66,10 @@ REFUSED = {
     "epsilon": ({"model.norm_epsilon": 0.0}, "model.norm_epsilon=0.0 must be above 0"),
     "share": ({"optimizer.final_fraction": 1.5}, "optimizer.final_fraction=1.5 must be at most 1"),
     "two durations": ({"train.duration_tokens": 9}, "train.duration_steps=10 and train.duration_tokens=9 are both given"),
-    "two of another": ({"optimizer.warmup_steps": 2, "optimizer.warmup_epochs": 1.0}, "optimizer.warmup_epochs=1.0 are both given"),
+    "two of another": (
+        {"optimizer.warmup_steps": 2, "optimizer.warmup_epochs": 1.0},
+        "optimizer.warmup_epochs=1.0 are both given",
+    ),
     "no duration": ({"train.duration_steps": 0}, "train.duration_steps"),
     "choice": ({"optimizer.name": "adamv"}, "did you mean adamw?"),
     "accumulation": ({"train.accumulation_steps": 3, "data.batch_size": 16}, "train.accumulation_steps=3 does not divide"),
@@ -132,7 +135,10 @@ RECIPES = {
     "says it itself": ("def get_config():\n    raise UserError('no such size: huge.')\n", "no such size: huge."),
     "no get_config": ("x = 1\n", "recipe.py has no function get_config"),
     "not Python": ("def get_config(:\n", "recipe.py cannot be read: invalid syntax at line 2"),
-    "misspelt": ("def get_config():\n    c = defaults()\n    c.model.num_layer = 3\n    return c\n", "num_layer; did you mean num_layers?"),
+    "misspelt": (
+        "def get_config():\n    c = defaults()\n    c.model.num_layer = 3\n    return c\n",
+        "num_layer; did you mean num_layers?",
+    ),
     "wrong type": ("def get_config():\n    c = defaults()\n    c.model.num_layers = 'x'\n    return c\n", "num_layers"),
     "no argument taken": ("def get_config():\n    return defaults()\n", "get_config"),
     "nothing returned": ("def get_config(arg=''):\n    defaults()\n", "must return a ConfigDict, not NoneType"),
@@ -267,7 +273,9 @@ def test_every_knob_says_what_it_means() -> None:
 
 
 def test_durations_in_any_unit() -> None:
-    config = c.from_dict(nested({"data.batch_size": 4, "data.seq_len": 8, "optimizer.warmup_tokens": 65, "optimizer.decay_epochs": 0.5}))
+    config = c.from_dict(
+        nested({"data.batch_size": 4, "data.seq_len": 8, "optimizer.warmup_tokens": 65, "optimizer.decay_epochs": 0.5})
+    )
     assert config.tokens_per_step == 32
     assert config.duration("train", "duration", 7.0) == 10
     assert config.duration("optimizer", "warmup", 7.0) == 3  # ceil(65 / 32)

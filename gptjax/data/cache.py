@@ -71,7 +71,8 @@ def read_entry(directory: pathlib.Path) -> dict[str, Tokens] | None:
 def _read_split(directory: pathlib.Path, split: str, meta: dict[str, Any]) -> Tokens:
     file = directory / f"{split}.tokens"
     dtype = np.dtype(meta["dtype"])
-    tokens = np.memmap(file, dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
+    # As a plain array: indexing through the memmap class itself takes several times as long.
+    tokens = np.asarray(np.memmap(file, dtype, mode="r")) if file.stat().st_size else np.zeros(0, dtype)
     offsets = np.fromfile(directory / f"{split}.offsets", np.int64)
     names = json.loads((directory / f"{split}.names").read_bytes())
     if offsets[-1] != len(tokens) or len(names) != len(offsets) - 1:

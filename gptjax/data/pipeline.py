@@ -258,13 +258,10 @@ def _window_starts(config: Config, split: Split, numbers: np.ndarray) -> np.ndar
 
 def _windows(split: Split, starts: np.ndarray, seq_len: int) -> Batch:
     """Windows of `seq_len` + 1 tokens; past the split's end, and for a start of -1, padding."""
-    places = starts[:, None] + np.arange(seq_len + 1)
-    real = (places < split.num_tokens) & (starts[:, None] >= 0)
-    return {
-        "tokens": np.where(real, split.tokens[np.where(real, places, 0)], 0).astype(np.int32),
-        "segment_ids": real.astype(np.int32),
-        "positions": np.where(real, np.arange(seq_len + 1), 0).astype(np.int32),
-    }
+    positions = np.arange(seq_len + 1, dtype=np.int32)
+    places = starts[:, None] + positions
+    real = ((places < split.num_tokens) & (starts[:, None] >= 0)).astype(np.int32)
+    return {"tokens": split.tokens[places * real].astype(np.int32) * real, "segment_ids": real, "positions": positions * real}
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

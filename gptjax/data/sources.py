@@ -115,23 +115,31 @@ class TfdsSource:
         features = list(builder.info.features or {})
         if field not in features:
             raise UserError(f"data.text_field: the TFDS data set {name} has no field {field!r}{nearest(field, features)}")
-        known = list(builder.info.splits)
         try:
+            files = builder.info.splits[split].file_instructions
             self._records = builder.as_data_source(split=split)
         except (KeyError, ValueError) as error:
+            known = ", ".join(builder.info.splits)
             raise UserError(
-                f"the TFDS data set {name} has no records for {split!r}: its splits are {', '.join(known)}."
+                f"the TFDS data set {name} has no records for the split {split!r}: its splits are {known}."
             ) from error
-        # A truncated ArrayRecord opens with 0 records and no error.
-        _check_records(builder, name)
+        except NotImplementedError as error:
+            raise UserError(
+                f"the TFDS data set {name} is not in the ArrayRecord format; prepare it with array_record."
+            ) from error
+        for file in files:
+            _check_records(file.filename, file.examples_in_shard)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Document:
-        text = self._records[index][self._field]
         name = f"{self._split}:{index}"
-        return Document(name, text if isinstance(text, str) else _decode(bytes(text), f"record {name}"))
+        try:
+            text = self._records[index][self._field]
+        except RuntimeError as error:  # ArrayRecord's own checksum
+            raise UserError(f"the TFDS record {name} is damaged; prepare the data set again: {error}.") from error
+        return Document(name, text if isinstance(text, str) else _decode(bytes(text), f"the TFDS record {name}"))
 
 
 def _tfds_builder(name: str, data_dir: str) -> Any:
@@ -158,14 +166,19 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
-def _check_records(builder: Any, name: str) -> None:
-    for split, info in builder.info.splits.items():
-        found = len(builder.as_data_source(split=split))
-        if found != info.num_examples:
-            raise UserError(
-                f"the TFDS data set {name} holds {found} of the {info.num_examples} records of its split {split}: "
-                f"a file in {builder.data_path} is damaged; prepare it again."
-            )
+def _check_records(path: str, expected: int) -> None:
+    """Counts a file's records: TFDS believes its own index, and a truncated ArrayRecord may open with none and no error."""
+    from array_record.python import array_record_module
+
+    try:
+        reader = array_record_module.ArrayRecordReader(path)
+        found = reader.num_records()
+        reader.close()
+    except (RuntimeError, OSError) as error:
+        reason = str(error).split(";")[0]
+        raise UserError(f"{path} is damaged or missing; prepare the data set again ({reason}).") from error
+    if found != expected:
+        raise UserError(f"{path} holds {found} of its {expected} records; prepare the data set again.")
 
 
 def _stdlib_files() -> list[tuple[str, pathlib.Path]]:

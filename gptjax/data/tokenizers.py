@@ -371,6 +371,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def token_bytes(self) -> np.ndarray:
         """Exact for byte-level and byte-fallback vocabularies; for others the bytes of each id decoded alone."""
+        return self._token_bytes.copy()
+
+    @functools.cached_property
+    def _token_bytes(self) -> np.ndarray:
         definition = json.loads(self._content)
         specials = {token["id"] for token in definition.get("added_tokens", []) if token.get("special")}
         added = {token["id"]: token["content"] for token in definition.get("added_tokens", [])}

@@ -81,7 +81,7 @@ def bucket(length: int) -> int:
 def generate_tokens(
     params: Any,
     config: ModelConfig,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
     sampling: Sampling,
@@ -124,7 +124,7 @@ def generate_tokens(
     )
 
 
-def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int, vocab_size: int) -> None:
+def _check(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, seed: int, vocab_size: int) -> None:
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 0.")
     if not 0 <= seed < 2**32:
@@ -174,9 +174,8 @@ def _forward(
     params: Any, config: ModelConfig, tokens_BT: jax.Array, positions_BT: jax.Array, wanted_B: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """(logits [B, V] at index `wanted_B` of each row, the cache with the tokens written in)."""
-    hidden_BTD, cache = decoder.Decoder(config).apply(
-        {"params": params}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden
-    )
+    model = decoder.Decoder(config)
+    hidden_BTD, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden)  # type: ignore[assignment]
     hidden_B1D = jnp.take_along_axis(hidden_BTD, wanted_B[:, None, None], axis=1)
     return decoder.logits(hidden_B1D, decoder.output_table(params, config), config)[:, 0], cache
 
@@ -189,7 +188,8 @@ def _append(request: _Request, rows: _Rows, logits_BV: jax.Array) -> _Rows:
     alive_B = ~rows.stopped_B
     batch, width = rows.tokens_BW.shape
     places_B = jnp.where(alive_B, rows.lengths_B, width)  # out of range, so dropped, where a row has stopped
-    return rows.replace(
+    return dataclasses.replace(
+        rows,
         tokens_BW=rows.tokens_BW.at[jnp.arange(batch), places_B].set(chosen_B, mode="drop"),
         lengths_B=rows.lengths_B + alive_B,
         stopped_B=rows.stopped_B | (chosen_B == request.eos_id),
@@ -207,7 +207,7 @@ def _advance(params: Any, config: ModelConfig, rows: _Rows) -> tuple[_Rows, jax.
     logits_BV, cache = _forward(
         params, config, tokens_B1, jnp.minimum(positions_B1, context - 1), jnp.zeros_like(rows.lengths_B), rows.cache
     )
-    rows = rows.replace(cache=cache)
+    rows = dataclasses.replace(rows, cache=cache)
     if rows.tokens_BW.shape[1] <= context:  # no row can get there
         return rows, logits_BV
     full_B = (positions_B1[:, 0] >= context) & ~rows.stopped_B
@@ -225,5 +225,5 @@ def _refill(params: Any, config: ModelConfig, rows: _Rows, logits_BV: jax.Array,
     wanted_B = jnp.full(batch, window - 1, jnp.int32)
     new_logits_BV, new_cache = _forward(params, config, tokens_BT, positions_BT, wanted_B, rows.cache)
     cache = jax.tree.map(lambda new, old: jnp.where(full_B[:, None, None, None], new, old), new_cache, rows.cache)
-    rows = rows.replace(starts_B=jnp.where(full_B, starts_B, rows.starts_B), cache=cache)
+    rows = dataclasses.replace(rows, starts_B=jnp.where(full_B, starts_B, rows.starts_B), cache=cache)
     return rows, jnp.where(full_B[:, None], new_logits_BV, logits_BV)

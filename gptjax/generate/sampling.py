@@ -38,7 +38,8 @@ class Sampling:
         """The settings as arrays of fixed types, so that none of their values asks for another compilation."""
         greedy = self.greedy or self.temperature == 0
         return {
-            "temperature": np.float32(1.0 if greedy else self.temperature),
+            # Far below any gap between logits, and far above what a device flushes to 0.
+            "temperature": np.float32(1.0 if greedy else max(self.temperature, 1e-30)),
             "top_k": np.int32(self.top_k),
             "top_p": np.float32(self.top_p),
             "greedy": np.bool_(greedy),

@@ -60,7 +60,7 @@ def blockwise_attention(
         q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
 
     keys_BNT2 = None
-    if drops:  # one key a vector of weights; places as `primitives.dropout` counts them in [B, K, G, T, S]
+    if drops and dropout_keys is not None:  # one key a vector of weights; places as `primitives.dropout` counts them in [B, K, G, T, S]
         places_NT = jnp.arange(heads)[:, None] * length + jnp.arange(length + padding)
         keys_BNT2 = primitives.fold_in(dropout_keys[:, None, None], places_NT).reshape(batch, kv_heads, -1, length + padding, 2)
 

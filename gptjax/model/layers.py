@@ -17,7 +17,7 @@ ACTIVATIONS = {"gelu": primitives.gelu, "gelu_tanh": primitives.gelu_tanh, "relu
 
 def parameter(
     module: nn.Module, name: str, initializer: Any, axes: tuple[str, ...], shape: tuple[int, ...], dtype: str
-) -> jax.Array:
+) -> Any:
     """A parameter whose dimensions carry logical axis names."""
     return module.param(name, nn.with_logical_partitioning(initializer, axes), shape, jnp.dtype(dtype))
 

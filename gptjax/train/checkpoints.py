@@ -114,8 +114,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Saves `state`, a pytree of jax arrays, and `metadata`, which JSON can hold.
 
-        Waits for the save before it. When it returns the state's buffers may be donated: on an accelerator they have been
-        copied to the host; on a CPU Orbax refers to them, and XLA gives a donated buffer that is referred to no second use. A
+        Waits for the save before it. When it returns the state's buffers may be donated: they have been copied to the host. A
         failure is reported, not raised, until `checkpoint.max_failures` in a row raise `CheckpointsFailing`. A step that this
         process saved or restored is not saved again.
         """
@@ -134,7 +133,7 @@ class Checkpoints:
             if _is_primary():
                 self._prepare(save.folder, about)
             with _orbax():
-                response = ocp.save_async(save.folder / "arrays", leaves)
+                response = ocp.save_async(save.folder / "arrays", {name: _own(leaf) for name, leaf in leaves.items()})
         except (OSError, ValueError, RuntimeError) as error:  # ValueError: tensorstore's, for every refusal of the disk
             self._abandon(save, error)
         else:
@@ -150,11 +149,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when nothing is being written, and reports as `poll` does."""
-        save, self._save = self._save, None
+        save = self._save
         if save is None:
             return
         if save.thread is not None:
-            save.thread.join()
+            save.thread.join()  # Ctrl-C may break in here; the save is then still known
+        self._save = None
         for note in save.notes:
             self._log(note)
         if save.error is None:
@@ -290,7 +290,9 @@ class Checkpoints:
         _compare(f"what was restored of checkpoint {chosen}", {name: _describe(leaf) for name, leaf in leaves.items()}, wanted)
         paths, structure = jax.tree_util.tree_flatten_with_path(abstract_state)
         names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-        return Restored(chosen, jax.tree.unflatten(structure, [leaves[name] for name in names]), about["metadata"])
+        # A typed key may come back with an equivalent sharding that is not equal, for which the step would be compiled anew.
+        placed = [jax.device_put(leaves[name], wanted[name].sharding) for name in names]
+        return Restored(chosen, jax.tree.unflatten(structure, placed), about["metadata"])
 
     def _choose(self, step: int | None) -> int:
         steps = self.steps()
@@ -349,6 +351,12 @@ def _orbax() -> ocp.Context:
     context.array_options.saving.use_compression = False
     context.array_options.saving.enable_write_sharding_file = False  # the shardings are given at restore
     return context
+
+
+def _own(leaf: jax.Array) -> jax.Array:
+    """On a CPU, a copy: Orbax would refer to the step's buffer, and a donating step then stalls while XLA copies all of them."""
+    on_host = all(device.platform == "cpu" for device in leaf.devices())
+    return jax.device_put(leaf, leaf.sharding, may_alias=False) if on_host else leaf
 
 
 def _describe(leaf: Any) -> list[Any]:

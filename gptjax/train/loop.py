@@ -89,7 +89,7 @@ class Run:
     metrics: MetricsWriter
     stop: StopSignals
     seconds_before: float = 0.0
-    final_figures: dict[str, Any] | None = None  # of the evaluation at the last step
+    figures: dict[str, Any] | None = None  # of the evaluation at the latest step, where there was one
     started: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
@@ -126,7 +126,7 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: Sequence[str] = 
             state, about = _restore_or_init(config, lengths, mesh, checkpoints, line)
             with MetricsWriter(workdir, config, int(state.step) or None, line) as metrics:
                 run = Run(config, workdir, dataset, mesh, lengths, epoch_steps, checkpoints, line, metrics, stop)
-                run.seconds_before, run.final_figures = about.get("seconds", 0.0), about.get("eval")
+                run.seconds_before, run.figures = about.get("seconds", 0.0), about.get("eval")
                 _describe(run, state)
                 return _finish(run, _steps(run, state))
 
@@ -160,6 +160,8 @@ def _steps(run: Run, state: TrainState) -> TrainState:
     train_step = make_train_step(config, run.lengths, run.mesh)
     host_batches = train_batches(config, run.dataset.train, start_step, jax.process_index(), jax.process_count())
     batches = _on_device(run.mesh, host_batches)
+    if start_step and run.is_due("evaluate", start_step) and not run.metrics.has(start_step, "eval/loss"):
+        run.figures = _evaluate(run, state, start_step)  # a stop took precedence over it
     pending: tuple[int, dict[str, jax.Array]] | None = None
     for step in range(start_step + 1, run.lengths.total + 1):
         state, metrics = train_step(state, next(batches))
@@ -175,9 +177,7 @@ def _steps(run: Run, state: TrainState) -> TrainState:
         if evaluates or saves:
             _read(run, *pending)
             pending = None
-        figures = _evaluate(run, state, step) if evaluates else None
-        if step == run.lengths.total:
-            run.final_figures = figures
+        run.figures = _evaluate(run, state, step) if evaluates else None
         if saves:
             _save(run, state, step)
         if stops:
@@ -264,7 +264,7 @@ def _save(run: Run, state: TrainState, step: int) -> None:
 
     What else than the state a checkpoint holds: where the data goes on, and the evaluation where the run is at its end.
     """
-    about = {"data": {"next_step": step}, "seconds": run.seconds, "eval": run.final_figures, "config": to_dict(run.config)}
+    about = {"data": {"next_step": step}, "seconds": run.seconds, "eval": run.figures, "config": to_dict(run.config)}
     run.metrics.sync()
     run.checkpoints.save(step, state, about)
 
@@ -285,9 +285,9 @@ def _finish(run: Run, state: TrainState) -> dict[str, Any]:
         raise CheckpointError(
             f"the run's end, step {total}, could not be saved; the same command goes on from the checkpoint before it."
         )
-    assert run.final_figures is not None
+    assert run.figures is not None
     result = {
-        "eval": run.final_figures,
+        "eval": run.figures,
         "steps": total,
         "tokens": total * run.config.tokens_per_step,
         "seconds": round(run.seconds, 3),
@@ -297,5 +297,5 @@ def _finish(run: Run, state: TrainState) -> dict[str, Any]:
     write_result(run.workdir, result)
     picture = draw_loss_curve(run.workdir)
     where = f"{run.workdir / 'result.json'}" + (f", {picture}" if picture else "")
-    run.line(f"finished: {total} steps, eval loss {run.final_figures['loss']:.4f}; {where}.")
+    run.line(f"finished: {total} steps, eval loss {run.figures['loss']:.4f}; {where}.")
     return result

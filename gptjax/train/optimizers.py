@@ -158,7 +158,8 @@ def _schedule_free_adamw(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax
         optax.add_decayed_weights(c.weight_decay, mask),
         optax.scale_by_learning_rate(rate),
     )
-    return optax.contrib.schedule_free(base, rate, b1=c.beta1)
+    # Optax counts the averaging's steps from 1, the base's from 0; both must see the rate of the same step.
+    return optax.contrib.schedule_free(base, lambda n: rate(n - 1), b1=c.beta1)
 
 
 # Each takes (config, learning rate of update n, weight-decay mask).

@@ -134,6 +134,22 @@ def test_another_host_is_refused_with_the_way_out(tmp_path):
         pass
 
 
+def test_a_file_that_its_holder_removed_before_we_locked_it_is_no_lock(tmp_path, monkeypatch):
+    flock, calls = run.fcntl.flock, []
+
+    def flock_late(descriptor, operation):
+        if not calls:
+            (tmp_path / "run.lock").unlink()
+        calls.append(descriptor)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(run.fcntl, "flock", flock_late)
+    with run.RunLock(tmp_path):
+        assert len(calls) == 2 and json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+        with pytest.raises(UserError, match="live run"), run.RunLock(tmp_path):
+            pass
+
+
 @pytest.mark.parametrize("content", [b"", b"\0\0\0", b"{", b"[]", b'{"host": 1}'])
 def test_a_torn_lock_is_taken(tmp_path, content):
     (tmp_path / "run.lock").write_bytes(content)

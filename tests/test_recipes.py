@@ -1,0 +1,75 @@
+"""Every recipe in configs/ loads, holds in all its forms, and builds the shapes that its docstring speaks of."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from gptjax import config as config_lib
+from gptjax.config import UserError
+from gptjax.train.step import init_params
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+ARGUMENTS = {
+    "gpt2_124m.py": ["", "small", "medium", "large", "xl"],
+    "llama_small.py": [""],
+    "shakespeare_char.py": ["", "cpu", "gpu", "best"],
+    "stdlib_tiny.py": [""],
+}
+CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
+
+
+def load(name: str, argument: str = "", *overrides: str) -> config_lib.Config:
+    return config_lib.load_recipe(f"{CONFIGS / name}:{argument}" if argument else str(CONFIGS / name), overrides)
+
+
+def count(config: config_lib.Config) -> int:
+    shapes = jax.eval_shape(lambda: nn.unbox(init_params(config, jnp.uint32(0))))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_no_recipe_is_left_out():
+    assert {path.name for path in CONFIGS.glob("*.py")} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_recipe_loads_and_builds_its_shapes(name, argument):
+    assert count(load(name, argument).with_vocab_size(65)) > 0
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_docstring_gives_command_cost_and_expected_score(name):
+    text = ast.get_docstring(ast.parse((CONFIGS / name).read_text(encoding="utf-8")))
+    for word in ("Command:", "Cost:", "Expected:"):
+        assert word in text
+    assert f"--config=configs/{name}" in text
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),  # as transformers counts GPT2LMHeadModel of each published config
+    [("small", 124_439_808), ("medium", 354_823_168), ("large", 774_030_080), ("xl", 1_557_611_200)],
+)
+def test_gpt2_has_the_published_number_of_parameters(size, parameters):
+    assert count(load("gpt2_124m.py", size, "model.vocab_size=50257")) == parameters
+
+
+def test_shakespeare_cpu_has_nanogpts_number_of_parameters():
+    """nanoGPT prints 0.80M, which leaves positions out."""
+    assert count(load("shakespeare_char.py", "cpu").with_vocab_size(65)) - 64 * 128 == 795_904
+
+
+def test_best_keeps_the_tokens_and_parameters_of_cpu():
+    cpu, best = (load("shakespeare_char.py", argument).with_vocab_size(65) for argument in ("cpu", "best"))
+    assert count(best) <= count(cpu)
+    assert best.train.duration_steps * best.tokens_per_step <= cpu.train.duration_steps * cpu.tokens_per_step
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m.py", "shakespeare_char.py"])
+def test_unknown_argument_is_named(name):
+    with pytest.raises(UserError, match="'nonsense'; it has"):
+        load(name, "nonsense")
