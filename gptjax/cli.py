@@ -19,11 +19,13 @@ from typing import Any
 
 import gptjax
 from gptjax import config as config_lib
+from gptjax import runtime
 from gptjax.config import Config, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `gptjax` with these arguments (those of the process, by default) and returns its exit status."""
+    runtime.keep_freed_memory()
     try:
         arguments, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
         arguments.overrides = overrides

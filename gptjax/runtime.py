@@ -5,17 +5,16 @@ from __future__ import annotations
 import ctypes
 import platform
 
-# mallopt's numbers in glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # mallopt's numbers, from glibc's malloc.h
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed buffers for the next step rather than return them to the kernel, which would clear every page again.
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep freed memory for the next step rather than return it to the kernel, which would clear every page again.
 
-    Does nothing where the C library is another one.
+    Does nothing, and returns False, where the C library is another one. Call it before JAX allocates. See experiments/speed/README.md.
     """
     if platform.libc_ver()[0] != "glibc":
-        return
+        return False
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    # No buffer has a mapping of its own (those are unmapped when freed), and the heap is never trimmed.
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

@@ -15,6 +15,7 @@ PACKAGE = REPOSITORY / "gptjax"
 # A package always sees its own modules unless these have lines of their own.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.config": (),
+    "gptjax.runtime": (),
     "gptjax.data": ("gptjax.config", "gptjax.data"),
     "gptjax.parallel": ("gptjax.config", "gptjax.parallel"),
     "gptjax.model": ("gptjax.config", "gptjax.parallel.sharding", "gptjax.model"),

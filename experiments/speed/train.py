@@ -35,6 +35,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "remat": {"config": {"model.remat": "dots"}},
     "plain": {"form": "plain"},
     "nomalloc": {"malloc": False},
+    "hugepages": {"env": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}},
+    "vector512": {"env": {"XLA_FLAGS": "--xla_cpu_prefer_vector_width=512"}},
+    "fastminmax": {"env": {"XLA_FLAGS": "--xla_cpu_enable_fast_min_max=true"}},
+    "scheduler": {"env": {"XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=true"}},
+    "onednn": {"env": {"XLA_FLAGS": "--xla_cpu_use_onednn=true"}},
 }
 THREADS = 2
 
@@ -139,13 +144,14 @@ def work(name: str, size: dict[str, Any]) -> None:
     one_step()
     print(json.dumps({"setup_seconds": setup}), file=answers, flush=True)
     for line in sys.stdin:
-        steps, start = 0, time.perf_counter()
-        while steps < 2 or time.perf_counter() - start < float(line):
+        steps, start, cpu_start = 0, time.perf_counter(), time.process_time()
+        while steps < 1 or time.perf_counter() - start < float(line):
             loss = one_step()
             steps += 1
         seconds = (time.perf_counter() - start) / steps
+        cpu_seconds = (time.process_time() - cpu_start) / steps
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes to GiB
-        print(json.dumps({"seconds": seconds, "peak_gib": peak, "loss": loss}), file=answers, flush=True)
+        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gib": peak, "loss": loss}), file=answers, flush=True)
 
 
 # --- the comparison ----------------------------------------------------------------------------------------------------------------
@@ -157,12 +163,16 @@ class Worker:
         command = [sys.executable, __file__, "--work", name, "--size", size]
         root = str(pathlib.Path(__file__).resolve().parents[2])
         environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch: spinning threads of a waiting worker would disturb the others
         for option in name.split("+")[1:]:
             environment |= OPTIONS.get(option, {}).get("env", {})
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-        self.setup_seconds = self._answer()["setup_seconds"]
+        self.setup_seconds = 0.0
 
-    def _answer(self) -> dict[str, float]:
+    def wait(self) -> None:
+        self.setup_seconds = self.answer()["setup_seconds"]
+
+    def answer(self) -> dict[str, float]:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"worker {self.name} ended with status {self.process.wait()}; run it alone with --work {self.name}.")
@@ -171,7 +181,7 @@ class Worker:
     def run(self, seconds: float) -> None:
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
-        self.rounds.append(self._answer())
+        self.rounds.append(self.answer())
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -182,6 +192,8 @@ def compare(size_name: str, names: list[str], rounds: int) -> dict[str, Any]:
     size = SIZES[size_name]
     tokens = size["batch"] * size["context"]
     workers = [Worker(name, size_name) for name in names]
+    for worker in workers:
+        worker.wait()
     for round_number in range(rounds):
         for worker in workers if round_number % 2 == 0 else reversed(workers):
             worker.run(size["seconds"])
@@ -195,6 +207,7 @@ def compare(size_name: str, names: list[str], rounds: int) -> dict[str, Any]:
             "peak_gib": worker.rounds[-1]["peak_gib"],
             "setup_seconds": worker.setup_seconds,
             "rounds": [1000 * t for t in times],
+            "cpu_milliseconds": 1000 * statistics.median(r["cpu_seconds"] for r in worker.rounds),
         }
         worker.close()
     return results
@@ -202,13 +215,13 @@ def compare(size_name: str, names: list[str], rounds: int) -> dict[str, Any]:
 
 def report(size_name: str, results: dict[str, Any]) -> None:
     first = next(iter(results.values()))
-    print(f"\n{size_name}\n{'worker':40} {'ms/step':>9} {'fastest':>9} {'tokens/s':>9} {'peak GiB':>9} {'set-up s':>9} {'first/this':>10}")
+    print(f"\n{size_name}\n{'worker':40} {'ms/step':>9} {'fastest':>9} {'CPU ms':>9} {'tokens/s':>9} {'peak GiB':>9} {'set-up s':>9} {'first/this':>10}")
     for name, r in results.items():
         # A ratio in each round, then the median: what slows the machine for a while slows both.
         ratio = statistics.median(b / a for a, b in zip(first["rounds"], r["rounds"], strict=True))
         r["speed_of_first_relative_to_this"] = ratio
         print(
-            f"{name:40} {r['milliseconds']:9.1f} {r['fastest_milliseconds']:9.1f} {r['tokens_per_second']:9.0f} "
+            f"{name:40} {r['milliseconds']:9.1f} {r['fastest_milliseconds']:9.1f} {r['cpu_milliseconds']:9.1f} {r['tokens_per_second']:9.0f} "
             f"{r['peak_gib']:9.2f} {r['setup_seconds']:9.1f} {ratio:10.3f}",
             flush=True,
         )

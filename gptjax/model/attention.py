@@ -93,16 +93,11 @@ def _cudnn(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, segment_ids_BT: Any, dropout_r
 ATTENTION_BACKENDS = {"dense": _dense, "blockwise": _blockwise, "cudnn": _cudnn}
 
 
-def choose_backend(config: ModelConfig, drops: bool) -> str:
-    """The backend that `model.attention=auto` stands for.
-
-    Dropout on attention weights needs the weights: only `dense` holds them.
-    """
+def choose_backend(config: ModelConfig) -> str:
+    """The backend that `model.attention=auto` stands for. On accelerators, XLA fuses the dense form better."""
     if config.attention != "auto":
         return config.attention
-    if drops:
-        return "dense"
-    return "blockwise" if jax.default_backend() == "cpu" else "dense"
+    return "blockwise" if primitives.hand_written() else "dense"
 
 
 class Attention(nn.Module):
@@ -137,6 +132,6 @@ class Attention(nn.Module):
             out_BTNH = masked_attention(q_BTNH, cache.keys, cache.values, seen_BTS)
         else:
             drops = dropout_keys is not None and c.attention_dropout > 0
-            backend = ATTENTION_BACKENDS[choose_backend(c, drops)]
+            backend = ATTENTION_BACKENDS[choose_backend(c)]
             out_BTNH = backend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, c.attention_dropout, dropout_keys if drops else None)
         return output(out_BTNH), cache

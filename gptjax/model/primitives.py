@@ -87,7 +87,7 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 
 def sum_rows(x_MO: jax.Array) -> jax.Array:
-    """Sum over the first axis in float32, as a product with ones: XLA's CPU reduction over a leading axis runs on one core."""
+    """Sum over the first axis in float32, as a product with ones: on a CPU, XLA's reduction over a leading axis takes longer."""
     return _dot(jnp.ones((1, x_MO.shape[0]), x_MO.dtype), x_MO, (1, 0))[0]
 
 
