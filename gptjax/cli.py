@@ -19,7 +19,7 @@ from typing import Any
 
 import gptjax
 from gptjax import config as config_lib
-from gptjax import runtime
+from gptjax import recipes, runtime
 from gptjax.config import Config, UserError
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    config = config_lib.load_recipe(_required(arguments, "config"), arguments.overrides)
+    config = recipes.load_recipe(_required(arguments, "config"), arguments.overrides)
     workdir = pathlib.Path(_required(arguments, "workdir"))
     allowed = [key for key in arguments.allow_changes.split(",") if key]
     from gptjax.train.checkpoints import CheckpointError
@@ -156,7 +156,7 @@ def _run_config(arguments: argparse.Namespace) -> tuple[pathlib.Path, Config]:
     if not own.is_file():
         raise UserError(f"{workdir} is not a run's folder: it has no config.json.")
     trained = config_lib.from_json(own)
-    config = config_lib.load_recipe(arguments.config or str(own), arguments.overrides).with_vocab_size(trained.model.vocab_size)
+    config = recipes.load_recipe(arguments.config or str(own), arguments.overrides).with_vocab_size(trained.model.vocab_size)
     shapes = {"vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_seq_len"}
     for key, (was, now) in config_lib.differences(trained, config).items():
         group, _, name = key.partition(".")
@@ -167,7 +167,7 @@ def _run_config(arguments: argparse.Namespace) -> tuple[pathlib.Path, Config]:
 
 def _load_any(spec: str, overrides: Sequence[str]) -> Config:
     folder = pathlib.Path(spec)
-    return config_lib.load_recipe(str(folder / "config.json") if folder.is_dir() else spec, overrides)
+    return recipes.load_recipe(str(folder / "config.json") if folder.is_dir() else spec, overrides)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

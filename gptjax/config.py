@@ -1,7 +1,7 @@
 """Every knob of a run: declared once, with its default, its meaning and its check.
 
 The frozen dataclasses below are the schema. A recipe (`configs/*.py`) returns the `ConfigDict` that `defaults()` makes, edited;
-command-line overrides are laid over it; then `from_config_dict` turns it into dataclasses, once. Past that door there is no
+command-line overrides are laid over it (recipes.py); then `from_dict` turns it into dataclasses, once. Past that door there is no
 ConfigDict. The dataclasses are hashable, so a compiled function can be cached by its config.
 
 Everything a person can get wrong here raises `UserError` with one sentence that names the key.
@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import json
 import math
 import pathlib
-import re
 import reprlib
-import traceback
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -306,7 +303,7 @@ class Config:
         rows = self.model.vocab_size or tokenizer_vocab_size
         if rows < tokenizer_vocab_size:
             raise UserError(
-                f"model.vocab_size={rows} is smaller than the tokenizer's {tokenizer_vocab_size} ids; set it to 0 or more than that."
+                f"model.vocab_size={rows} is smaller than the tokenizer's {tokenizer_vocab_size} ids; set it to 0 or to that."
             )
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=rows))
 
@@ -373,7 +370,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise _unknown(f"{prefix}{key}")
+            raise unknown_key(f"{prefix}{key}")
     arguments = {}
     for name, field in fields.items():
         if name not in values:
@@ -386,12 +383,12 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     return cls(**arguments)
 
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", tuple[str, ...]: "a list of texts"}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", tuple[str, ...]: "a list of texts"}
 
 
 def _typed(key: str, value: Any, expected: Any, field: dataclasses.Field) -> Any:
     """`value` as exactly the declared type and within its bounds."""
-    mismatch = UserError(f"{key}={reprlib.repr(value)} must be {_TYPE_NAMES[expected]}.")
+    mismatch = UserError(f"{key}={reprlib.repr(value)} must be {TYPE_NAMES[expected]}.")
     if expected == tuple[str, ...]:
         if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
             raise mismatch
@@ -423,7 +420,7 @@ def _typed(key: str, value: Any, expected: Any, field: dataclasses.Field) -> Any
     return value
 
 
-def _unknown(key: str) -> UserError:
+def unknown_key(key: str) -> UserError:
     """The error for a dotted key that the schema lacks, with the nearest that it has."""
     known = list(flatten(Config())) + [field.name for field in dataclasses.fields(Config)]
     leaf = key.rsplit(".", 1)[-1]
@@ -448,6 +445,14 @@ def _derive(config: Config) -> Config:
         mlp_dim=model.mlp_dim or 4 * model.model_dim,
     )
     return dataclasses.replace(config, model=model)
+
+
+def underived(config: Config) -> Config:
+    """The config with sizes that follow from others set back to 0, so that they follow again when those are overridden."""
+    model = config.model
+    own = {"num_kv_heads": model.num_heads, "head_dim": model.model_dim // model.num_heads, "mlp_dim": 4 * model.model_dim}
+    follow = {name: 0 for name, size in own.items() if getattr(model, name) == size}
+    return dataclasses.replace(config, model=dataclasses.replace(model, **follow))
 
 
 def _check(config: Config) -> None:
@@ -506,110 +511,6 @@ def _check_source(data: DataConfig) -> None:
     if data.tokenizer in ("gpt2", "huggingface") and not data.tokenizer_path:
         what = "the folder of encoder.json and vocab.bpe" if data.tokenizer == "gpt2" else "a tokenizer.json"
         raise UserError(f"data.tokenizer={data.tokenizer} needs data.tokenizer_path, {what}.")
-
-
-# --- recipes and overrides ----------------------------------------------------------------------------------------------------
-
-
-def load_recipe(spec: str, overrides: Sequence[str] = ()) -> Config:
-    """The config of `FILE.py[:ARG]` with overrides such as `model.num_layers=4` laid over it.
-
-    A `config.json` of a run's folder is taken too, so that any run can be started again elsewhere.
-    """
-    path, _, argument = spec.partition(":")
-    if path.endswith(".json"):
-        values = ml_collections.ConfigDict(to_dict(from_json(pathlib.Path(path))))
-    else:
-        values = _call_recipe(pathlib.Path(path), argument)
-    for override in overrides:
-        apply_override(values, override)
-    return from_dict(values)
-
-
-def _call_recipe(path: pathlib.Path, argument: str) -> ml_collections.ConfigDict:
-    if not path.is_file():
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], n=1
-        )
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "."
-        raise UserError(f"the recipe {path} does not exist{hint}")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"the recipe {path} is not a Python file.")
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"the recipe {path} has no function get_config.")
-        values = module.get_config(argument) if argument else module.get_config()
-    except UserError:
-        raise
-    except Exception as error:  # a recipe is somebody's program: whatever it raises, the answer is one sentence
-        raise UserError(f"the recipe {path} {_recipe_failure(path, error)}") from error
-    if not isinstance(values, ml_collections.ConfigDict):
-        raise UserError(f"get_config of the recipe {path} must return a ConfigDict, not {type(values).__name__}.")
-    return values
-
-
-def _recipe_failure(path: pathlib.Path, error: Exception) -> str:
-    unknown = re.match(r'\W*Key "([^"]*)" does not exist', str(error))  # ConfigDict's, which goes on to print itself
-    if unknown:
-        near = re.search(r'Did you mean "([^"]*)"', str(error))
-        return f"sets an unknown key {unknown[1]}{f'; did you mean {near[1]}?' if near else '.'}"
-    if isinstance(error, SyntaxError):
-        return f"cannot be read: {error.msg} at line {error.lineno}."
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    where = f" at line {lines[-1]}" if lines else ""
-    return f"fails{where} with {type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}."
-
-
-def apply_override(values: ml_collections.ConfigDict, override: str) -> None:
-    """Lays `a.b=text` over `values`; the text is read as the type that the schema declares for the key."""
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"the override {override!r} has no value; write --config.{key}=VALUE.")
-    expected = _declared_type(key)
-    *groups, leaf = key.split(".")
-    for group in groups:
-        if not isinstance(values.get(group), ml_collections.ConfigDict):
-            raise UserError(f"the recipe's config has no group {group} to lay {key} over; start from gptjax.config.defaults().")
-        values = values[group]
-    with values.ignore_type(), values.unlocked():
-        values[leaf] = _parse(key, text, expected)
-
-
-def _declared_type(key: str) -> Any:
-    cls: Any = Config
-    for part in key.split("."):
-        types = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
-        if part not in types:
-            raise _unknown(key)
-        cls = types[part]
-    if dataclasses.is_dataclass(cls):
-        raise UserError(f"{key} is a group of keys; set one of {', '.join(f'{key}.{f.name}' for f in dataclasses.fields(cls))}.")
-    return cls
-
-
-def _parse(key: str, text: str, expected: Any) -> Any:
-    """Whole numbers may be written 1_000_000 or 1e6; a list of texts is separated by commas."""
-    try:
-        if expected is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if expected is int:
-            try:
-                return int(text)
-            except ValueError:
-                number = float(text)
-                if not number.is_integer():
-                    raise
-                return int(number)
-        if expected is float:
-            return float(text)
-        if expected is str:
-            return text
-        return tuple(item for item in text.split(",") if item)
-    except (KeyError, ValueError, OverflowError):
-        raise UserError(f"{key}={text!r} must be {_TYPE_NAMES[expected]}.") from None
 
 
 def differences(a: Config, b: Config, shaping_only: bool = False) -> dict[str, tuple[Any, Any]]:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax import config as c
+from gptjax import recipes
 from gptjax.config import Config, UserError
 
 LENGTH = {"train": {"duration_steps": 10}}
@@ -115,9 +116,9 @@ GOOD = "def get_config(arg='4'):\n    c = defaults()\n    c.train.duration_steps
 
 def test_recipe_argument_and_overrides(recipe) -> None:
     path = recipe(GOOD)
-    assert c.load_recipe(path).train.duration_steps == 4
-    assert c.load_recipe(f"{path}:7").train.duration_steps == 7
-    config = c.load_recipe(path, ["train.duration_steps=0", "train.duration_tokens=1e6", "model.num_layers=3"])
+    assert recipes.load_recipe(path).train.duration_steps == 4
+    assert recipes.load_recipe(f"{path}:7").train.duration_steps == 7
+    config = recipes.load_recipe(path, ["train.duration_steps=0", "train.duration_tokens=1e6", "model.num_layers=3"])
     assert (config.train.duration_steps, config.train.duration_tokens, config.model.num_layers) == (0, 1_000_000, 3)
 
 
@@ -125,8 +126,8 @@ def test_run_folders_config_is_a_recipe(tmp_path: pathlib.Path) -> None:
     config = c.from_dict(nested({"model.model_dim": 32}))
     path = tmp_path / "config.json"
     path.write_text(c.to_json(config))
-    assert c.load_recipe(str(path)) == config
-    assert c.load_recipe(str(path), ["optimizer.no_decay=norm,head"]).optimizer.no_decay == ("norm", "head")
+    assert recipes.load_recipe(str(path)) == config
+    assert recipes.load_recipe(str(path), ["optimizer.no_decay=norm,head"]).optimizer.no_decay == ("norm", "head")
 
 
 RECIPES = {
@@ -149,18 +150,18 @@ RECIPES = {
 def test_recipe_that_fails(case: str, recipe) -> None:
     body, said = RECIPES[case]
     with pytest.raises(UserError) as error:
-        c.load_recipe(recipe(body) + (":big" if case == "no argument taken" else ""), ["model.num_layers=2"])
+        recipes.load_recipe(recipe(body) + (":big" if case == "no argument taken" else ""), ["model.num_layers=2"])
     assert said in one_sentence(error.value)
 
 
 def test_missing_recipe_names_the_nearest(recipe) -> None:
     path = pathlib.Path(recipe(GOOD, "shakespeare.py"))
     with pytest.raises(UserError) as error:
-        c.load_recipe(str(path.with_name("shakespare.py")))
+        recipes.load_recipe(str(path.with_name("shakespare.py")))
     assert "shakespare.py does not exist" in str(error.value) and "shakespeare.py?" in one_sentence(error.value)
     for missing in ("nowhere/at/all.py", str(path.parent / "none.json"), str(path.parent)):
         with pytest.raises(UserError, match=re.escape(missing)):
-            c.load_recipe(missing)
+            recipes.load_recipe(missing)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"model": null}', '{"optimizer": {"learning_rate": NaN}}'])
@@ -168,7 +169,7 @@ def test_damaged_config_json(text: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(UserError):
-        c.load_recipe(str(path))
+        recipes.load_recipe(str(path))
 
 
 OVERRIDES = {
@@ -186,7 +187,7 @@ def test_override_is_read_as_the_declared_type(key: str) -> None:
     for text, expected in OVERRIDES[key]:
         values = c.defaults()
         values.train.duration_steps = 1
-        c.apply_override(values, f"{key}={text}")
+        recipes.apply_override(values, f"{key}={text}")
         value = c.flatten(c.from_dict(values))[key]
         assert value == expected and type(value) is type(expected)
 
@@ -210,7 +211,7 @@ def test_override_refused(override: str, said: str) -> None:
     values = c.defaults()
     values.train.duration_steps = 1
     with pytest.raises(UserError) as error:
-        c.apply_override(values, override)
+        recipes.apply_override(values, override)
         c.from_dict(values)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
@@ -227,7 +228,7 @@ def test_no_override_escapes_as_anything_but_a_user_error(overrides: list[str]) 
     values.train.duration_steps = 1
     try:
         for override in overrides:
-            c.apply_override(values, override)
+            recipes.apply_override(values, override)
         config = c.from_dict(values)
     except UserError:
         return
@@ -324,3 +325,12 @@ def test_every_pair_of_a_family_is_refused() -> None:
             values["train.duration_steps"] = 1
         with pytest.raises(UserError, match=f"{family}_{one}=.* and {family}_{two}=.* are both given"):
             c.from_dict(nested(values))
+
+
+def test_sizes_of_a_saved_config_follow_what_they_follow_from(tmp_path):
+    path = tmp_path / "config.json"
+    values = c.defaults()
+    values.train.duration_steps = 1
+    path.write_text(c.to_json(c.from_dict(values)))
+    wider = recipes.load_recipe(str(path), ["model.model_dim=256"]).model
+    assert (wider.head_dim, wider.mlp_dim, wider.num_kv_heads) == (64, 1024, 4)

@@ -15,6 +15,7 @@ PACKAGE = REPOSITORY / "gptjax"
 # A package always sees its own modules unless these have lines of their own.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.config": (),
+    "gptjax.recipes": ("gptjax.config",),
     "gptjax.runtime": (),
     "gptjax.data": ("gptjax.config", "gptjax.data"),
     "gptjax.parallel": ("gptjax.config", "gptjax.parallel"),
@@ -66,6 +67,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "gptjax.generate": ("gptjax.config", "gptjax.data.tokenizers", "gptjax.model", "gptjax.parallel", "gptjax.generate"),
     "gptjax.interop": ("gptjax.config", "gptjax.data.tokenizers", "gptjax.model", "gptjax.parallel", "gptjax.interop"),
+    "gptjax.recipes": ("gptjax.config",),
     "gptjax.runtime": (),
     "gptjax.cli": ("gptjax",),
     "gptjax.__main__": ("gptjax",),

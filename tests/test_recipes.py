@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 from gptjax import config as config_lib
+from gptjax import recipes
 from gptjax.config import UserError
 from gptjax.train.step import init_params
 
@@ -25,7 +26,7 @@ CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument 
 
 
 def load(name: str, argument: str = "", *overrides: str) -> config_lib.Config:
-    return config_lib.load_recipe(f"{CONFIGS / name}:{argument}" if argument else str(CONFIGS / name), overrides)
+    return recipes.load_recipe(f"{CONFIGS / name}:{argument}" if argument else str(CONFIGS / name), overrides)
 
 
 def count(config: config_lib.Config) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -98,23 +99,60 @@ def _lion(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransf
     return optax.lion(rate, c.beta1, c.beta2, weight_decay=c.weight_decay, mask=mask)
 
 
+# How many axes of a block's kernel, after the layer axis, are inputs.
+_INPUT_AXES = {"output": 2, "query": 1, "key": 1, "value": 1, "up": 1, "gate": 1, "down": 1}
+
+
+def _num_input_axes(path: tuple[Any, ...]) -> int | None:
+    """Of a kernel of the blocks, [L, *in, *out]; None for any other parameter."""
+    names = parameter_path(path).split("/")
+    return _INPUT_AXES[names[-2]] if names[0] == "layers" and names[-1] == "kernel" else None
+
+
 def _adafactor(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransformation:
-    """Decay comes after the learning rate here, so that it has the same meaning as elsewhere: rate * weight_decay * parameter."""
+    """Adafactor (Shazeer & Stern, 2018) without momentum: factored second moments, each matrix's update clipped to an RMS of 1.
+
+    Decay comes before the learning rate, so that it means what it does elsewhere: rate * weight_decay * parameter.
+    """
+    second_moments = optax.chain(optax.scale_by_factored_rms(), optax.stateless(lambda updates, _: _clip_rms(updates)))
     return optax.chain(
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.add_decayed_weights(c.weight_decay, mask),
-        optax.scale_by_learning_rate(rate),
+        _on_matrices(second_moments), optax.add_decayed_weights(c.weight_decay, mask), optax.scale_by_learning_rate(rate)
     )
+
+
+def _clip_rms(updates: Any) -> Any:
+    """Each parameter's update, and each layer's of a stacked one, scaled down to a root mean square of at most 1."""
+
+    def clip(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        own_axes = tuple(range(1 if parameter_path(path).startswith("layers/") else 0, update.ndim))
+        rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=own_axes, keepdims=True))
+        return update / jnp.maximum(rms, 1.0)
+
+    return jax.tree_util.tree_map_with_path(clip, updates)
+
+
+def _on_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, seeing each kernel of the blocks as [L, inputs, outputs]: heads [N, H] are one axis, long enough to factor over."""
+
+    def as_matrices(tree: Any) -> Any:
+        def reshape(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+            inputs = _num_input_axes(path)
+            if inputs is None:
+                return leaf
+            return leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1 : 1 + inputs]), math.prod(leaf.shape[1 + inputs :]))
+
+        return jax.tree_util.tree_map_with_path(reshape, tree)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        new, state = inner.update(as_matrices(updates), state, None if params is None else as_matrices(params))
+        return jax.tree.map(lambda update, like: update.reshape(like.shape), new, updates), state
+
+    return optax.GradientTransformation(lambda params: inner.init(as_matrices(params)), update)
 
 
 def _sgd(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransformation:
     momentum = optax.trace(c.beta1) if c.beta1 else optax.identity()
     return optax.chain(momentum, optax.add_decayed_weights(c.weight_decay, mask), optax.scale_by_learning_rate(rate))
-
-
-# How many of a parameter's leading axes, after the layer axis, are inputs. Muon needs matrices; the rest takes AdamW.
-_INPUT_AXES = {"output": 2, "query": 1, "key": 1, "value": 1, "up": 1, "gate": 1, "down": 1}
 
 
 def _muon_dimensions(params: Any) -> Any:
@@ -124,10 +162,10 @@ def _muon_dimensions(params: Any) -> Any:
     """
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> Any:
-        names = parameter_path(path).split("/")
-        if names[0] != "layers" or names[-1] != "kernel":
+        inputs = _num_input_axes(path)
+        if inputs is None:
             return None
-        first_output = 1 + _INPUT_AXES[names[-2]]
+        first_output = 1 + inputs
         return optax.contrib.MuonDimensionNumbers(tuple(range(1, first_output)), tuple(range(first_output, leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(dimensions, params)

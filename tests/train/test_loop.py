@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from gptjax import config as config_lib
+from gptjax import recipes
 from gptjax.config import Config, UserError
 from gptjax.train import evaluate as evaluate_lib
 from gptjax.train import loop
@@ -56,7 +57,7 @@ def tiny(text_file: pathlib.Path, **changes) -> Config:
         "evaluate.sample_prompt": "1",
     } | {key.replace("__", "."): value for key, value in changes.items()}
     for key, value in settings.items():
-        config_lib.apply_override(values, f"{key}={value}")
+        recipes.apply_override(values, f"{key}={value}")
     return config_lib.from_dict(values)
 
 

@@ -323,3 +323,24 @@ def test_schedule_free_evaluates_its_average() -> None:
     np.testing.assert_allclose(evaluation_params(c, whole)["head"], average, rtol=1e-5)
     assert np.abs(average - y).max() > 1e-3
     tree_equal(evaluation_params(c, whole.replace(ema_params={"head": jnp.zeros(2)})), {"head": jnp.zeros(2)})
+
+
+def test_adafactor_factors_the_second_moments_of_heads_and_takes_each_layer_by_itself() -> None:
+    """A query kernel [L, D, N, H] with N * H >= 128 keeps a row and a column a layer, and its update is that of optax on [D, N * H]."""
+    layers, width, heads, head_dim = 2, 128, 4, 32
+    rng = np.random.default_rng(0)
+    tree = {
+        "layers": {"attention": {"query": {"kernel": rng.normal(size=(layers, width, heads, head_dim)).astype(np.float32)}}}
+    }
+    gradients = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) * np.float32([1, 9])[:, None, None, None], tree)
+    config = small(optimizer__name="adafactor", optimizer__learning_rate=0.1, optimizer__schedule="constant", optimizer__weight_decay=0.0)
+    optimizer = make_optimizer(config.optimizer, lambda n: 0.1)
+    state = optimizer.init(tree)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 4 * layers * width
+    updates, _ = optimizer.update(gradients, state, tree)
+    alone = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale(-0.1))
+    for layer in range(layers):
+        matrix = gradients["layers"]["attention"]["query"]["kernel"][layer].reshape(width, heads * head_dim)
+        expected, _ = alone.update(jnp.asarray(matrix), alone.init(jnp.asarray(matrix)), jnp.asarray(matrix))
+        found = updates["layers"]["attention"]["query"]["kernel"][layer].reshape(width, heads * head_dim)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,118 @@
+"""Recipes and command-line overrides: how a person's words become a `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import re
+import traceback
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+from gptjax.config import TYPE_NAMES, Config, UserError, from_dict, from_json, to_dict, underived, unknown_key
+
+
+def load_recipe(spec: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of `FILE.py[:ARG]` with overrides such as `model.num_layers=4` laid over it.
+
+    A `config.json` of a run's folder is taken too, so that any run can be started again elsewhere.
+    """
+    path, _, argument = spec.partition(":")
+    if path.endswith(".json"):
+        values = ml_collections.ConfigDict(to_dict(underived(from_json(pathlib.Path(path)))))
+    else:
+        values = _call_recipe(pathlib.Path(path), argument)
+    for override in overrides:
+        apply_override(values, override)
+    return from_dict(values)
+
+
+def _call_recipe(path: pathlib.Path, argument: str) -> ml_collections.ConfigDict:
+    if not path.is_file():
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], n=1
+        )
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "."
+        raise UserError(f"the recipe {path} does not exist{hint}")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"the recipe {path} is not a Python file.")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"the recipe {path} has no function get_config.")
+        values = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # a recipe is somebody's program: whatever it raises, the answer is one sentence
+        raise UserError(f"the recipe {path} {_recipe_failure(path, error)}") from error
+    if not isinstance(values, ml_collections.ConfigDict):
+        raise UserError(f"get_config of the recipe {path} must return a ConfigDict, not {type(values).__name__}.")
+    return values
+
+
+def _recipe_failure(path: pathlib.Path, error: Exception) -> str:
+    unknown = re.match(r'\W*Key "([^"]*)" does not exist', str(error))  # ConfigDict's, which goes on to print itself
+    if unknown:
+        near = re.search(r'Did you mean "([^"]*)"', str(error))
+        return f"sets an unknown key {unknown[1]}{f'; did you mean {near[1]}?' if near else '.'}"
+    if isinstance(error, SyntaxError):
+        return f"cannot be read: {error.msg} at line {error.lineno}."
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    where = f" at line {lines[-1]}" if lines else ""
+    return f"fails{where} with {type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}."
+
+
+def apply_override(values: ml_collections.ConfigDict, override: str) -> None:
+    """Lays `a.b=text` over `values`; the text is read as the type that the schema declares for the key."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"the override {override!r} has no value; write --config.{key}=VALUE.")
+    expected = _declared_type(key)
+    *groups, leaf = key.split(".")
+    for group in groups:
+        if not isinstance(values.get(group), ml_collections.ConfigDict):
+            raise UserError(f"the recipe's config has no group {group} to lay {key} over; start from gptjax.config.defaults().")
+        values = values[group]
+    with values.ignore_type(), values.unlocked():
+        values[leaf] = _parse(key, text, expected)
+
+
+def _declared_type(key: str) -> Any:
+    cls: Any = Config
+    for part in key.split("."):
+        types = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        if part not in types:
+            raise unknown_key(key)
+        cls = types[part]
+    if dataclasses.is_dataclass(cls):
+        raise UserError(f"{key} is a group of keys; set one of {', '.join(f'{key}.{f.name}' for f in dataclasses.fields(cls))}.")
+    return cls
+
+
+def _parse(key: str, text: str, expected: Any) -> Any:
+    """Whole numbers may be written 1_000_000 or 1e6; a list of texts is separated by commas."""
+    try:
+        if expected is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if expected is int:
+            try:
+                return int(text)
+            except ValueError:
+                number = float(text)
+                if not number.is_integer():
+                    raise
+                return int(number)
+        if expected is float:
+            return float(text)
+        if expected is str:
+            return text
+        return tuple(item for item in text.split(",") if item)
+    except (KeyError, ValueError, OverflowError):
+        raise UserError(f"{key}={text!r} must be {TYPE_NAMES[expected]}.") from None
