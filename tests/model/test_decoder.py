@@ -12,6 +12,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
+from gptjax.model import primitives
 from gptjax.model.attention import ATTENTION_BACKENDS
 from gptjax.model.decoder import Block, Decoder
 from gptjax.model.layers import ACTIVATIONS, Norm
@@ -253,7 +254,7 @@ def test_editing_one_document_leaves_the_others_bits(packing: Any) -> None:
 
 def loss_and_gradient(config: Any, params: Any) -> Any:
     example = causal(random_batch(config, seed=2, rows=4))
-    keys = jax.random.split(jax.random.key(3), 4) if config.model.residual_dropout else None
+    keys = primitives.row_keys(jax.random.key(3), jnp.arange(4)) if config.model.residual_dropout else None
     return jax.jit(jax.value_and_grad(lambda p: example_loss(config, p, example, keys)[0]))(params)
 
 

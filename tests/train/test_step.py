@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import MeshConfig
+from gptjax.model import primitives
 from gptjax.model.decoder import Decoder
 from gptjax.parallel.mesh import make_mesh
 from gptjax.train.objectives import causal
@@ -46,7 +47,7 @@ def uneven_batch(config: Any) -> dict[str, np.ndarray]:
 def whole_batch() -> Any:
     config = small(DROPOUT)
     params, batch = random_params(config), uneven_batch(config)
-    keys = jax.random.split(jax.random.key(7), 8)
+    keys = primitives.row_keys(jax.random.key(7), jnp.arange(8))
     return params, batch, keys, jax.jit(lambda p: summed_gradients(config, p, batch, keys))(params)
 
 
