@@ -71,7 +71,15 @@ def test_generate_prints_samples_and_json(run, capsys):
     workdir, _ = run
     status, out, _ = say(capsys, "generate", f"--workdir={workdir}", "--prompt=the ", "--max_new_tokens=5", "--greedy")
     assert status == 0 and out.startswith("the ")
-    arguments = ["generate", f"--workdir={workdir}", "--prompt=the ", "--max_new_tokens=5", "--num_samples=2", "--seed=3", "--json"]
+    arguments = [
+        "generate",
+        f"--workdir={workdir}",
+        "--prompt=the ",
+        "--max_new_tokens=5",
+        "--num_samples=2",
+        "--seed=3",
+        "--json",
+    ]
     first, second = (json.loads(say(capsys, *arguments)[1]) for _ in range(2))
     assert first == second and len(first["samples"]) == 2
     assert all(len(sample["tokens"]) <= 5 and sample["prompt"] == "the " for sample in first["samples"])
@@ -80,7 +88,9 @@ def test_generate_prints_samples_and_json(run, capsys):
 def test_generate_reads_a_prompt_from_a_file(run, capsys, tmp_path):
     workdir, _ = run
     (tmp_path / "prompt.txt").write_text("fox ", encoding="utf-8")
-    status, out, _ = say(capsys, "generate", f"--workdir={workdir}", f"--prompt_file={tmp_path / 'prompt.txt'}", "--max_new_tokens=2")
+    status, out, _ = say(
+        capsys, "generate", f"--workdir={workdir}", f"--prompt_file={tmp_path / 'prompt.txt'}", "--max_new_tokens=2"
+    )
     assert status == 0 and out.startswith("fox ")
 
 
@@ -160,5 +170,3 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
 def test_help_and_config_do_not_import_jax():
     code = f"import sys; from gptjax import cli; cli.main(['config', {RECIPE!r}]); sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-
-

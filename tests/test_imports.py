@@ -67,8 +67,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "gptjax.generate": ("gptjax.config", "gptjax.data.tokenizers", "gptjax.model", "gptjax.parallel", "gptjax.generate"),
     "gptjax.interop": ("gptjax.config", "gptjax.data.tokenizers", "gptjax.model", "gptjax.parallel", "gptjax.interop"),
-    "gptjax.recipes": ("gptjax.config",),
-    "gptjax.runtime": (),
     "gptjax.cli": ("gptjax",),
     "gptjax.__main__": ("gptjax",),
 }

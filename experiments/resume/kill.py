@@ -3,10 +3,10 @@
     python experiments/resume/kill.py --kills=100 --signal=KILL
     python experiments/resume/kill.py --kills=100 --signal=TERM
 
-One undisturbed run gives the reference hash. Then runs are started, killed and started again with the same command until `--kills` have
-struck; the clock of each starts at the first step that the process logs, and its moment is drawn evenly over the length of a whole run, so
-that steps, saves and evaluations are hit as they come. Every run that reaches its end must have the reference hash. Prints the histogram
-of the steps at which kills struck and of the steps that were taken again.
+One undisturbed run gives the reference hash. Then runs are started, killed and started again with the same command until
+`--kills` have struck; the clock of each starts at the first step that the process logs, and its moment is drawn evenly over the
+length of a whole run, so that steps, saves and evaluations are hit as they come. Every run that reaches its end must have the
+reference hash. Prints the histogram of the steps at which kills struck and of the steps that were taken again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# Small enough that a hundred restarts take minutes; every part of the state is there: dropout, an average, accumulation, packed rows.
+# Small enough for a hundred restarts, with every part of a state: dropout, an average, accumulation, packed rows.
 OVERRIDES = {
     "model.num_layers": 2,
     "model.model_dim": 32,
@@ -103,12 +103,16 @@ def last_step(workdir: pathlib.Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def campaign(
-    folder: pathlib.Path, kills: int, which: signal.Signals, steps: int, seed: int, log: Any = print
-) -> Outcome:
-    """Kills runs in `folder` until `kills` have struck, and lets the last one end. Raises RuntimeError where a start fails by itself."""
+def campaign(folder: pathlib.Path, kills: int, which: signal.Signals, steps: int, seed: int, log: Any = print) -> Outcome:
+    """Kills runs in `folder` until `kills` have struck, and lets the last one end.
+
+    Raises RuntimeError where a start fails by itself.
+    """
     # Recompiling after every kill would be most of the time; a cached executable is the same program.
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     undisturbed = folder / "undisturbed"
     seconds = _whole_run(undisturbed, steps, environment)
     outcome = Outcome(_hash(undisturbed))

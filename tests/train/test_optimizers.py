@@ -326,14 +326,16 @@ def test_schedule_free_evaluates_its_average() -> None:
 
 
 def test_adafactor_factors_the_second_moments_of_heads_and_takes_each_layer_by_itself() -> None:
-    """A query kernel [L, D, N, H] with N * H >= 128 keeps a row and a column a layer, and its update is that of optax on [D, N * H]."""
+    """A query kernel [L, D, N, H] with N * H >= 128 keeps a row and a column a layer; its update is optax's on [D, N * H]."""
     layers, width, heads, head_dim = 2, 128, 4, 32
     rng = np.random.default_rng(0)
-    tree = {
-        "layers": {"attention": {"query": {"kernel": rng.normal(size=(layers, width, heads, head_dim)).astype(np.float32)}}}
-    }
-    gradients = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) * np.float32([1, 9])[:, None, None, None], tree)
-    config = small(optimizer__name="adafactor", optimizer__learning_rate=0.1, optimizer__schedule="constant", optimizer__weight_decay=0.0)
+    tree = {"layers": {"attention": {"query": {"kernel": rng.normal(size=(layers, width, heads, head_dim)).astype(np.float32)}}}}
+    gradients = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) * np.float32([1, 9])[:, None, None, None], tree
+    )
+    config = small(
+        optimizer__name="adafactor", optimizer__learning_rate=0.1, optimizer__schedule="constant", optimizer__weight_decay=0.0
+    )
     optimizer = make_optimizer(config.optimizer, lambda n: 0.1)
     state = optimizer.init(tree)
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 4 * layers * width
