@@ -9,9 +9,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # mallopt's numbers, from glibc's mallo
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep freed memory for the next step rather than return it to the kernel, which would clear every page again.
+    """Tells glibc to keep freed memory for the next step rather than return it to the kernel, which would clear every page
+    again.
 
-    Does nothing, and returns False, where the C library is another one. Call it before JAX allocates. See experiments/speed/README.md.
+    Does nothing, and returns False, where the C library is another one. Call it before JAX allocates. See
+    experiments/speed/README.md.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

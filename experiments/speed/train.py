@@ -1,10 +1,12 @@
 """Tokens a second and peak memory of a training step: gptjax beside transformers' GPT-2 in torch.
 
-    python experiments/speed/train.py --size cpu,gpu,124m --worker gptjax,torch-sdpa,torch-eager,torch-compile --rounds 5 --json figures.json
+    python experiments/speed/train.py --size cpu,gpu,124m --worker gptjax,torch-sdpa,torch-eager,torch-compile --rounds 5
+    --json figures.json
 
-Each worker is a process of its own, so that its peak memory is its own; it builds, compiles, and then waits. Rounds alternate between the
-workers, since a machine's speed drifts; figures are medians over rounds. The model, the batch and the step are the same everywhere: GPT-2 with
-biases and tanh GELU, float32, clipping at norm 1, AdamW (torch: fused). README.md has the results.
+Each worker is a process of its own, so that its peak memory is its own; it builds, compiles, and then waits. Rounds alternate
+between the workers, since a machine's speed drifts; figures are medians over rounds. The model, the batch and the step are
+the same everywhere: GPT-2 with biases and tanh GELU, float32, clipping at norm 1, AdamW (torch: fused). README.md has the
+results.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ SIZES = {
     "gpu": {"layers": 6, "heads": 6, "width": 384, "context": 256, "batch": 8, "vocab": 65, "dropout": 0.2, "seconds": 4.0},
     "124m": {"layers": 12, "heads": 12, "width": 768, "context": 256, "batch": 4, "vocab": 50257, "dropout": 0.0, "seconds": 9.0},
 }
-# What a gptjax worker may be given after its name, as in `gptjax+plain+scan`: overrides of the config, of the environment, and other switches.
+# What a gptjax worker may be given after its name, as in `gptjax+plain+scan`: overrides of the config, of the environment,
+# and other switches.
 OPTIONS: dict[str, dict[str, Any]] = {
     "scan": {"config": {"model.scan_unroll": 1}},
     "dense": {"config": {"model.attention": "dense"}},
@@ -44,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 THREADS = 2
 
 
-# --- workers: build() gives a function that takes one step and waits for it ------------------------------------------------------------
+# --- workers: build() gives a function that takes one step and waits for it --------------------
 
 
 def build_gptjax(size: dict[str, Any], options: list[str]) -> Callable[[], Any]:
@@ -151,10 +154,12 @@ def work(name: str, size: dict[str, Any]) -> None:
         seconds = (time.perf_counter() - start) / steps
         cpu_seconds = (time.process_time() - cpu_start) / steps
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes to GiB
-        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gib": peak, "loss": loss}), file=answers, flush=True)
+        print(
+            json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gib": peak, "loss": loss}), file=answers, flush=True
+        )
 
 
-# --- the comparison ----------------------------------------------------------------------------------------------------------------
+# --- the comparison ------------------------------------------------------------------------
 
 
 class Worker:
@@ -162,11 +167,20 @@ class Worker:
         self.name, self.rounds = name, []
         command = [sys.executable, __file__, "--work", name, "--size", size]
         root = str(pathlib.Path(__file__).resolve().parents[2])
-        environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch: spinning threads of a waiting worker would disturb the others
+        environment = os.environ | {
+            "PYTHONPATH": root,
+            "JAX_PLATFORMS": "cpu",
+            "OMP_NUM_THREADS": str(THREADS),
+            "HF_HUB_OFFLINE": "1",
+        }
+        environment.setdefault(
+            "OMP_WAIT_POLICY", "PASSIVE"
+        )  # torch: spinning threads of a waiting worker would disturb the others
         for option in name.split("+")[1:]:
             environment |= OPTIONS.get(option, {}).get("env", {})
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
         self.setup_seconds = 0.0
 
     def wait(self) -> None:
@@ -215,14 +229,17 @@ def compare(size_name: str, names: list[str], rounds: int) -> dict[str, Any]:
 
 def report(size_name: str, results: dict[str, Any]) -> None:
     first = next(iter(results.values()))
-    print(f"\n{size_name}\n{'worker':40} {'ms/step':>9} {'fastest':>9} {'CPU ms':>9} {'tokens/s':>9} {'peak GiB':>9} {'set-up s':>9} {'first/this':>10}")
+    print(
+        f"\n{size_name}\n{'worker':40} {'ms/step':>9} {'fastest':>9} {'CPU ms':>9} {'tokens/s':>9} "
+        f"{'peak GiB':>9} {'set-up s':>9} {'first/this':>10}"
+    )
     for name, r in results.items():
         # A ratio in each round, then the median: what slows the machine for a while slows both.
         ratio = statistics.median(b / a for a, b in zip(first["rounds"], r["rounds"], strict=True))
         r["speed_of_first_relative_to_this"] = ratio
         print(
-            f"{name:40} {r['milliseconds']:9.1f} {r['fastest_milliseconds']:9.1f} {r['cpu_milliseconds']:9.1f} {r['tokens_per_second']:9.0f} "
-            f"{r['peak_gib']:9.2f} {r['setup_seconds']:9.1f} {ratio:10.3f}",
+            f"{name:40} {r['milliseconds']:9.1f} {r['fastest_milliseconds']:9.1f} {r['cpu_milliseconds']:9.1f} "
+            f"{r['tokens_per_second']:9.0f} {r['peak_gib']:9.2f} {r['setup_seconds']:9.1f} {ratio:10.3f}",
             flush=True,
         )
     best = min((r["speed_of_first_relative_to_this"] for name, r in results.items() if name.startswith("torch")), default=None)
@@ -234,8 +251,14 @@ def versions() -> dict[str, str]:
     import importlib.metadata as metadata
 
     found = {name: metadata.version(name) for name in ("jax", "flax", "optax", "torch", "transformers")}
-    models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if os.path.exists("/proc/cpuinfo") else []
-    return found | {"python": platform.python_version(), "cpu": models[0] if models else platform.processor(), "cores": str(os.cpu_count())}
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return found | {
+        "python": platform.python_version(),
+        "cpu": models[0] if models else platform.processor(),
+        "cores": str(os.cpu_count()),
+    }
 
 
 def main() -> None:

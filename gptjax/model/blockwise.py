@@ -1,8 +1,9 @@
 """Causal attention that keeps no T x T array for the backward pass. Axis letters: see decoder.py.
 
-As in FlashAttention-2 (Dao, 2023) the forward pass keeps the output and each query's log-sum-exp, and the backward pass computes the weights
-again from them. Unlike it, a block of queries meets all keys up to its own end in one product: on a CPU a few large products beat many small ones, and
-the softmax needs no running maximum. The upper triangle is skipped block by block.
+As in FlashAttention-2 (Dao, 2023) the forward pass keeps the output and each query's log-sum-exp, and the backward pass
+computes the weights again from them. Unlike it, a block of queries meets all keys up to its own end in one product: on a CPU
+a few large products beat many small ones, and the softmax needs no running maximum. The upper triangle is skipped block by
+block.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 
 from gptjax.model import primitives
 
-# Groups of query blocks that are traced one by one, each with a prefix of keys of its own; blocks of one group share a loop and a prefix.
+# Groups of query blocks that are traced one by one, each with a prefix of keys of its own; blocks of one group share a loop
+# and a prefix.
 _MAX_GROUPS = 8
 
 
@@ -40,10 +42,12 @@ def blockwise_attention(
     dropout_rate: float = 0.0,
     dropout_keys: jax.Array | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention [B, T, N, H], N // K query heads sharing a key head; softmax in float32, the result as `v_BSKH`.
+    """Scaled dot-product attention [B, T, N, H], N // K query heads sharing a key head; softmax in float32, the result as
+    `v_BSKH`.
 
-    Query and key t of a row stand at the same place. A query sees the keys of its own segment, when causal no later ones. `scale` is
-    H**-0.5 by default, `block_size` (queries) 0 chooses. `dropout_keys` [B, 2] as for `primitives.dropout`, which drops the same weights.
+    Query and key t of a row stand at the same place. A query sees the keys of its own segment, when causal no later ones.
+    `scale` is H**-0.5 by default, `block_size` (queries) 0 chooses. `dropout_keys` [B, 2] as for `primitives.dropout`, which
+    drops the same weights.
     """
     batch, length, heads, width = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
@@ -60,7 +64,9 @@ def blockwise_attention(
         q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
 
     keys_BNT2 = None
-    if drops and dropout_keys is not None:  # one key a vector of weights; places as `primitives.dropout` counts them in [B, K, G, T, S]
+    if (
+        drops and dropout_keys is not None
+    ):  # one key a vector of weights; places as `primitives.dropout` counts them in [B, K, G, T, S]
         places_NT = jnp.arange(heads)[:, None] * length + jnp.arange(length + padding)
         keys_BNT2 = primitives.fold_in(dropout_keys[:, None, None], places_NT).reshape(batch, kv_heads, -1, length + padding, 2)
 
@@ -165,7 +171,9 @@ def _over_blocks(options: _Options, block: Callable, queries: tuple, keys: tuple
     per_group = -(-(length // size) // _MAX_GROUPS)
     by_query: list[tuple] = []
     by_key: tuple = ()
-    for start in reversed(range(0, length, per_group * size)):  # the last group sees all keys: its sums are the first of the accumulators
+    for start in reversed(
+        range(0, length, per_group * size)
+    ):  # the last group sees all keys: its sums are the first of the accumulators
         end = min(start + per_group * size, length)
         seen = end if options.causal else length
         part = tuple(_slice(x, 0, seen, 2) for x in keys)

@@ -15,9 +15,7 @@ from gptjax.model import primitives
 ACTIVATIONS = {"gelu": primitives.gelu, "gelu_tanh": primitives.gelu_tanh, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
-def parameter(
-    module: nn.Module, name: str, initializer: Any, axes: tuple[str, ...], shape: tuple[int, ...], dtype: str
-) -> Any:
+def parameter(module: nn.Module, name: str, initializer: Any, axes: tuple[str, ...], shape: tuple[int, ...], dtype: str) -> Any:
     """A parameter whose dimensions carry logical axis names."""
     return module.param(name, nn.with_logical_partitioning(initializer, axes), shape, jnp.dtype(dtype))
 

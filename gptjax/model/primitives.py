@@ -1,9 +1,9 @@
 """The arithmetic that a decoder spends its time in, with backward passes written by hand where that is faster on a CPU.
 
-Every function here has one meaning and up to two forms. The plain form is what JAX would do by itself and is what accelerators get: their
-compilers fuse and lay it out well. The written-out form is for XLA's CPU backend, which runs batched or transposed contractions
-slowly, keeps more residuals than it needs, and sums over leading axes slowly. `hand_written` chooses, and nothing else does.
-experiments/speed/README.md has the measurements.
+Every function here has one meaning and up to two forms. The plain form is what JAX would do by itself and is what
+accelerators get: their compilers fuse and lay it out well. The written-out form is for XLA's CPU backend, which runs batched
+or transposed contractions slowly, keeps more residuals than it needs, and sums over leading axes slowly. `hand_written`
+chooses, and nothing else does. experiments/speed/README.md has the measurements.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _form: str | None = None
 
 @contextlib.contextmanager
 def use_form(name: str) -> Iterator[None]:
-    """Traces what is inside with "plain" or "hand_written" forms, whatever the platform: for tests, and to compile for absent hardware."""
+    """Traces what is inside with "plain" or "hand_written" forms, whatever the platform: for tests, and to compile for absent
+    hardware.
+    """
     global _form
     if name not in ("plain", "hand_written"):
         raise ValueError(f"the form must be 'plain' or 'hand_written', not {name!r}.")
@@ -41,14 +43,15 @@ def hand_written() -> bool:
     return jax.default_backend() == "cpu"
 
 
-# --- linear ------------------------------------------------------------------------------------------------------------------------
+# --- linear --------------------------------------------------------------------------------
 
 
 def linear(x: jax.Array, kernel: jax.Array, contracted: int, dtype: Any, bias: jax.Array | None = None) -> jax.Array:
-    """Contracts the last `contracted` axes of `x` with the first of `kernel`: [..., I] x [I, O] -> [..., O], I and O being one axis or several.
+    """Contracts the last `contracted` axes of `x` with the first of `kernel`: [..., I] x [I, O] -> [..., O], I and O being
+    one axis or several.
 
-    Operands are cast to `dtype`, products are summed in float32, and the result has `dtype`; `bias` [O] is added before the last cast.
-    The gradients have the types of what they belong to.
+    Operands are cast to `dtype`, products are summed in float32, and the result has `dtype`; `bias` [O] is added before the
+    last cast. The gradients have the types of what they belong to.
     """
     kept = x.ndim - contracted
     if x.shape[kept:] != kernel.shape[:contracted]:
@@ -87,15 +90,19 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 
 def sum_rows(x_MO: jax.Array) -> jax.Array:
-    """Sum over the first axis in float32, as a product with ones: on a CPU, XLA's reduction over a leading axis takes longer."""
+    """Sum over the first axis in float32, as a product with ones: on a CPU, XLA's reduction over a leading axis takes
+    longer.
+    """
     return _dot(jnp.ones((1, x_MO.shape[0]), x_MO.dtype), x_MO, (1, 0))[0]
 
 
-# --- norms -------------------------------------------------------------------------------------------------------------------------
+# --- norms ---------------------------------------------------------------------------------
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: float) -> jax.Array:
-    """Normalises the last axis to mean 0 and variance 1, then scale [D] and bias [D] (Ba et al., 2016); float32 inside, result as `x`."""
+    """Normalises the last axis to mean 0 and variance 1, then scale [D] and bias [D] (Ba et al., 2016); float32 inside,
+    result as `x`.
+    """
     if hand_written():
         return _norm(True, epsilon, x.reshape(-1, x.shape[-1]), scale, bias).reshape(x.shape)
     x32 = x.astype(jnp.float32)
@@ -105,7 +112,9 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: 
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Divides the last axis by its root mean square, then scale [D] (Zhang and Sennrich, 2019); float32 inside, result as `x`."""
+    """Divides the last axis by its root mean square, then scale [D] (Zhang and Sennrich, 2019); float32 inside, result as
+    `x`.
+    """
     if hand_written():
         return _norm(False, epsilon, x.reshape(-1, x.shape[-1]), scale, None).reshape(x.shape)
     x32 = x.astype(jnp.float32)
@@ -145,7 +154,7 @@ def _norm_backward(centre, epsilon, residuals, g_MD):
 _norm.defvjp(_norm_forward, _norm_backward)
 
 
-# --- activations -------------------------------------------------------------------------------------------------------------------
+# --- activations ---------------------------------------------------------------------------
 
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
@@ -192,7 +201,7 @@ def _gelu_tanh_backward(x, g):
 _gelu_tanh.defvjp(lambda x: (_gelu_tanh(x), x), _gelu_tanh_backward)
 
 
-# --- embedding ---------------------------------------------------------------------------------------------------------------------
+# --- embedding -----------------------------------------------------------------------------
 
 
 def embed(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
@@ -200,47 +209,31 @@ def embed(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.take(table_VD, ids, axis=0)
 
 
-@jax.custom_vjp
-def embed_tied(table_VD: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(rows of the table [..., D], the table itself for a tied output head).
-
-    A head that uses the table returned here has its gradient come back through this function, which adds the embedding's to it in place: added by
-    autodiff, each would be an array of V x D of its own, and their sum a third.
-    """
-    return jnp.take(table_VD, ids, axis=0), table_VD
-
-
-def _embed_forward(table_VD, ids):
-    return embed_tied(table_VD, ids), ids
-
-
-def _embed_backward(ids, cotangents):
-    g, dtable_VD = cotangents
-    return dtable_VD.at[ids].add(g.astype(dtable_VD.dtype)), None
-
-
-embed_tied.defvjp(_embed_forward, _embed_backward)
-
-
-# --- dropout -----------------------------------------------------------------------------------------------------------------------
+# --- dropout -------------------------------------------------------------------------------
 #
-# A mask is a function of (key, global row, element), and costs about as much as reading the activations. One from JAX's Threefry costs more on a CPU
-# than the matrix products around it. Here each row of the batch has a key of two 32-bit words, made by Threefry from (seed, step, row); purposes and
-# layers are folded in with an integer hash, and so is the element's place. The hash is a multiply-and-xor-shift finaliser of MurmurHash3's kind,
-# with the key's second word stirred in half-way, so that vectors whose first words are close share nothing. Nothing crosses rows, so any split
-# of the batch over devices or micro-batches draws the same mask; all platforms use it.
+# A mask is a function of (key, global row, element), and costs about as much as reading the activations. One from JAX's
+# Threefry costs more on a CPU than the matrix products around it. Here each row of the batch has a key of two 32-bit words,
+# made by Threefry from (seed, step, row); purposes and layers are folded in with an integer hash, and so is the element's
+# place. The hash is a multiply-and-xor-shift finaliser of MurmurHash3's kind, with the key's second word stirred in half-way,
+# so that vectors whose first words are close share nothing. Nothing crosses rows, so any split of the batch over devices or
+# micro-batches draws the same mask; all platforms use it.
 
 _GOLDEN = np.uint32(0x9E3779B9)
 _M1, _M2 = np.uint32(0x21F0AAAD), np.uint32(0x735A2D97)
 
 
 def row_keys(key: jax.Array, rows_B: jax.Array) -> jax.Array:
-    """uint32 [B, 2]: one key a row. `key` is a typed key of (seed, step); `rows_B` are numbers of rows in the whole batch, over all hosts."""
+    """uint32 [B, 2]: one key a row.
+
+    `key` is a typed key of (seed, step); `rows_B` are numbers of rows in the whole batch, over all hosts.
+    """
     return jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), (2,), jnp.uint32))(rows_B)
 
 
 def fold_in(keys: jax.Array, number: jax.Array | int) -> jax.Array:
-    """Keys [..., 2] of their own for each `number`: a layer's number, a purpose, or an array of places that broadcasts with `keys[..., 0]`."""
+    """Keys [..., 2] of their own for each `number`: a layer's number, a purpose, or an array of places that broadcasts with
+    `keys[..., 0]`.
+    """
     number = jnp.asarray(number, jnp.uint32)
     first, second = keys[..., 0], keys[..., 1]
     first = _mix(_mix(first + number * _GOLDEN) ^ second)
@@ -249,7 +242,10 @@ def fold_in(keys: jax.Array, number: jax.Array | int) -> jax.Array:
 
 
 def keep(keys: jax.Array, rate: float, size: int, start: int = 0) -> jax.Array:
-    """bool [..., size], True with probability 1 - rate: elements start .. start + size of a vector for each of `keys` [..., 2]."""
+    """bool [..., size], True with probability 1 - rate: elements start ..
+
+    start + size of a vector for each of `keys` [..., 2].
+    """
     place = jax.lax.iota(jnp.uint32, size) + jnp.uint32(start)
     h = place * _GOLDEN + keys[..., :1]
     h = (h ^ (h >> 16)) * _M1
@@ -264,7 +260,8 @@ def kept_scale(rate: float) -> float:
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Zeroes elements of `x` [B, ..., D] with probability `rate` and scales the others to keep the mean; `keys` is [B, 2]; None: no dropout.
+    """Zeroes elements of `x` [B, ..., D] with probability `rate` and scales the others to keep the mean; `keys` is [B, 2];
+    None: no dropout.
 
     Srivastava et al., 2014. The backward pass draws the mask again, so none is kept.
     """

@@ -33,14 +33,17 @@ def softmax_cross_entropy(
     chunk: int = 0,
     dtype: Any = jnp.float32,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(the sum over tokens of weight * loss, its parts), float32 scalars. Sums, so that they add over micro-batches and devices.
+    """(the sum over tokens of weight * loss, its parts), float32 scalars. Sums, so that they add over micro-batches and
+    devices.
 
-    loss = (1 - label_smoothing) * nll + label_smoothing * (mean over V of -log p) + z_loss * log(Z)**2 (Szegedy et al., 2016; Chowdhery et al., 2022).
-    `head` is [D, V], or with `transposed` the embedding [V, D]. Products are in `dtype`, logits and softmax in float32. `chunk` is the number
-    of positions, of all rows together, whose logits are held at once; 0 chooses. Parts: `nll_sum` (without smoothing and z-loss), `weight_sum`
-    and `correct_sum` (weight where the target's logit is the largest); they carry no gradient.
+    loss = (1 - label_smoothing) * nll + label_smoothing * (mean over V of -log p) + z_loss * log(Z)**2 (Szegedy et al., 2016;
+    Chowdhery et al., 2022). `head` is [D, V], or with `transposed` the embedding [V, D]. Products are in `dtype`, logits and
+    softmax in float32. `chunk` is the number of positions, of all rows together, whose logits are held at once; 0 chooses.
+    Parts: `nll_sum` (without smoothing and z-loss), `weight_sum` and `correct_sum` (weight where the target's logit is the
+    largest); they carry no gradient.
 
-    Under differentiation the gradients for `hidden_BTD` and `head` are computed in the forward pass, chunk by chunk, and only scaled in the backward.
+    Under differentiation the gradients for `hidden_BTD` and `head` are computed in the forward pass, chunk by chunk, and only
+    scaled in the backward.
     """
     options = _Options(transposed, label_smoothing, z_loss, chunk, jnp.dtype(dtype))
     loss, parts = _cross_entropy(options, hidden_BTD, head, targets_BT, weights_BT.astype(jnp.float32))
@@ -48,7 +51,14 @@ def softmax_cross_entropy(
 
 
 def row_nll(
-    hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, transposed: bool, chunk: int = 0, dtype: Any = jnp.float32
+    hidden_BTD: jax.Array,
+    head: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    transposed: bool,
+    chunk: int = 0,
+    dtype: Any = jnp.float32,
 ) -> jax.Array:
     """Sum over each row of weight * nll, [B] in float32, without gradients; arguments as `softmax_cross_entropy`."""
     options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype))
@@ -134,7 +144,10 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 
 def _over_chunks(options: _Options, head: jax.Array, one: Callable, arrays: tuple) -> tuple[Any, tuple]:
-    """`one(*chunk)` gives (results to sum, results [B, c, ...] to join along T). Chunks are cut along T, so that each takes a share of every row."""
+    """`one(*chunk)` gives (results to sum, results [B, c, ...] to join along T).
+
+    Chunks are cut along T, so that each takes a share of every row.
+    """
     batch, length = arrays[0].shape[:2]
     vocab = head.shape[0 if options.transposed else 1]
     positions = options.chunk or jax.device_count() * _CHUNK_BYTES // (4 * vocab)

@@ -31,7 +31,14 @@ def dense(q, k, v, segment_ids=None, causal=True, kept=None):
 
 @pytest.mark.parametrize(
     ("length", "block_size", "packed", "causal"),
-    [(16, 0, False, True), (24, 8, True, True), (21, 8, True, True), (72, 4, False, True), (37, 2, True, True), (21, 8, False, False)],
+    [
+        (16, 0, False, True),
+        (24, 8, True, True),
+        (21, 8, True, True),
+        (72, 4, False, True),
+        (37, 2, True, True),
+        (21, 8, False, False),
+    ],
 )
 def test_equals_dense(length, block_size, packed, causal):
     ids = segments(2, length) if packed else None

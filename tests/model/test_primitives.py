@@ -98,9 +98,7 @@ def test_norms_compute_in_float32_under_bfloat16(form):
 def test_gelu(form):
     x = jnp.linspace(-6, 6, 201)
     assert_same(primitives.gelu, lambda x: x * 0.5 * (1 + jax.lax.erf(x / math.sqrt(2))), x)
-    assert_same(
-        primitives.gelu_tanh, lambda x: 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))), x
-    )
+    assert_same(primitives.gelu_tanh, lambda x: 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))), x)
 
 
 @pytest.mark.parametrize("activation", [primitives.gelu, primitives.gelu_tanh])
@@ -121,7 +119,7 @@ def test_the_default_form_is_hand_written_on_a_cpu_only():
         pass
 
 
-# --- dropout: bounds are 5 standard deviations ---------------------------------------------------------------------------------------
+# --- dropout: bounds are 5 standard deviations -----------------------------------------------
 
 
 def masks(rate, shape, seed=0, step=0, site=0):

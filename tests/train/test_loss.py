@@ -105,11 +105,15 @@ def test_sharded_over_the_batch(data, eight_devices):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def step(hidden, targets, head):
-        loss = jax.value_and_grad(lambda h, w: softmax_cross_entropy(h, w, targets, jnp.ones((8, T)), transposed=False, chunk=24)[0], (0, 1))
+        loss = jax.value_and_grad(
+            lambda h, w: softmax_cross_entropy(h, w, targets, jnp.ones((8, T)), transposed=False, chunk=24)[0], (0, 1)
+        )
         return loss(hidden, head)
 
     rows = jax.NamedSharding(mesh, jax.P("data"))
     alone = jax.jit(step)(hidden, targets, head)
-    spread = jax.jit(step)(jax.device_put(hidden, rows), jax.device_put(targets, rows), jax.device_put(head, jax.NamedSharding(mesh, jax.P())))
+    spread = jax.jit(step)(
+        jax.device_put(hidden, rows), jax.device_put(targets, rows), jax.device_put(head, jax.NamedSharding(mesh, jax.P()))
+    )
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
