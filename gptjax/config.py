@@ -137,7 +137,7 @@ class DataConfig:
     packing: str = knob(
         "packed",
         "packed: rows of whole documents and pieces, which never see each other; "
-        "windows: random windows of the concatenated text (nanoGPT's way).",
+        "windows: consecutive windows of the concatenated text, in random order.",
         choices=("packed", "windows"),
     )
     seq_len: int = knob(256, "Tokens a row that are predicted.", at_least=1)
@@ -451,7 +451,7 @@ def underived(config: Config) -> Config:
     """The config with sizes that follow from others set back to 0, so that they follow again when those are overridden."""
     model = config.model
     own = {"num_kv_heads": model.num_heads, "head_dim": model.model_dim // model.num_heads, "mlp_dim": 4 * model.model_dim}
-    follow = {name: 0 for name, size in own.items() if getattr(model, name) == size}
+    follow: dict[str, Any] = {name: 0 for name, size in own.items() if getattr(model, name) == size}
     return dataclasses.replace(config, model=dataclasses.replace(model, **follow))
 
 

@@ -1,8 +1,10 @@
 """Tokens to batches. The batch of a step is a function of (train.seed, step) alone, so a run's place in the data is one integer.
 
 The rows of training are one infinite sequence, of which step s takes rows s * B to (s + 1) * B, and process p of P the p-th
-contiguous share of these. Packed rows come in a new random order each epoch, epoch after epoch without a gap; windows are drawn
-independently. Both draw from Philox, a counter-based generator, at the row's own counter: starting at any step costs nothing.
+contiguous share of these. They come in a new random order each epoch, epoch after epoch without a gap. Windows are cut anew
+each epoch, from a phase of its own, so that no token comes twice in an epoch and no boundary stays. (nanoGPT draws its windows
+with replacement, which leaves a fraction exp(-1) of the text unseen after an epoch's worth.) Orders and phases are drawn from
+Philox, a counter-based generator, for (seed, epoch): starting at any step costs nothing.
 
 Orders are drawn here for whole batches, because Grain's own shuffle costs 20 to 40 microseconds a row; Grain iterates over steps,
 and reads ahead in threads.
@@ -155,12 +157,15 @@ def _log(dataset: Dataset, config: Config, log: Callable[[str], Any]) -> None:
 
 
 def steps_per_epoch(config: Config, split: Split) -> float:
-    """Steps that take every packed row once; for windows, steps that predict as many tokens as the split has."""
+    """Steps that take every row of an epoch once."""
     return _rows_per_epoch(config, split) / config.data.batch_size
 
 
-def _rows_per_epoch(config: Config, split: Split) -> float:
-    return len(split.rows) if split.rows is not None else (split.num_tokens - 1) / config.data.seq_len
+def _rows_per_epoch(config: Config, split: Split) -> int:
+    """Packed rows; for windows, as many as fit behind any phase below seq_len."""
+    if split.rows is not None:
+        return len(split.rows)
+    return max(1, (split.num_tokens - config.data.seq_len) // config.data.seq_len)
 
 
 def train_batches(
@@ -194,36 +199,37 @@ def _share(rows: int, process_index: int, process_count: int, key: str) -> slice
 def _train_batch(config: Config, split: Split, step: int, share: slice) -> Batch:
     size = config.data.batch_size
     numbers = np.arange(step * size + share.start, step * size + share.stop)
+    epochs, rows = _epoch_rows(config, split, numbers)
     if split.rows is not None:
-        return split.rows.batch(split.tokens, _epoch_rows(config, split, numbers))
-    return _windows(split, _window_starts(config, split, numbers), config.data.seq_len)
+        return split.rows.batch(split.tokens, rows)
+    return _windows(split, _window_starts(config, split, epochs, rows), config.data.seq_len)
 
 
 def batch_documents(config: Config, split: Split, step: int) -> list[str]:
     """Names of the documents in the global batch of `step`, each once, in the order of the source."""
     size = config.data.batch_size
     numbers = np.arange(step * size, (step + 1) * size)
+    epochs, rows = _epoch_rows(config, split, numbers)
     if split.rows is not None:
-        found = split.rows.documents(_epoch_rows(config, split, numbers))
+        found = split.rows.documents(rows)
     else:
-        starts = _window_starts(config, split, numbers)
+        starts = _window_starts(config, split, epochs, rows)
         first, last = (np.searchsorted(split.offsets, at, side="right") - 1 for at in (starts, starts + config.data.seq_len))
         found = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]))
     return [split.names[index] for index in found]
 
 
-def _epoch_rows(config: Config, split: Split, numbers: np.ndarray) -> np.ndarray:
-    """The packed rows at places `numbers` (ascending) of the infinite sequence of rows."""
-    assert split.rows is not None
-    count = len(split.rows)
+def _epoch_rows(config: Config, split: Split, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(epochs, rows) at places `numbers` (ascending) of the infinite sequence of rows."""
+    count = _rows_per_epoch(config, split)
     epochs, places = np.divmod(numbers, count)
     if not config.data.shuffle:
-        return places
-    out = np.empty_like(places)
+        return epochs, places
+    rows = np.empty_like(places)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         here = epochs == epoch
-        out[here] = _epoch_order(config.train.seed, epoch, count)[places[here]]
-    return out
+        rows[here] = _epoch_order(config.train.seed, epoch, count)[places[here]]
+    return epochs, rows
 
 
 @functools.lru_cache(maxsize=4)
@@ -234,26 +240,24 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return order
 
 
-_ORDER, _WINDOWS = 1, 2  # purposes, so that the two never draw the same numbers
+_ORDER, _PHASE = 1, 2  # purposes, so that the two never draw the same numbers
 
 
-def _philox(seed: int, purpose: int, stream: int, block: int = 0) -> np.random.Philox:
-    """Philox 4x64 (Salmon et al. 2011) at the start of block `block`, four numbers of 64 bits a block."""
-    return np.random.Philox(key=np.asarray([seed, purpose], np.uint64), counter=np.asarray([block, 0, stream, 0], np.uint64))
+def _philox(seed: int, purpose: int, stream: int) -> np.random.Philox:
+    """Philox 4x64 (Salmon et al. 2011) at the start of one of its streams."""
+    return np.random.Philox(key=np.asarray([seed, purpose], np.uint64), counter=np.asarray([0, 0, stream, 0], np.uint64))
 
 
-def _window_starts(config: Config, split: Split, numbers: np.ndarray) -> np.ndarray:
-    """int64 first tokens of the windows at places `numbers` (consecutive): number r is the r-th output of the generator.
-
-    Without shuffling the windows lie one after another and begin again at the split's end.
-    """
+def _window_starts(config: Config, split: Split, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """int64 first tokens: row r of an epoch begins r * seq_len tokens behind the epoch's phase."""
     seq_len = config.data.seq_len
-    count = split.num_tokens - seq_len  # windows of seq_len + 1 tokens
-    if not config.data.shuffle:
-        return numbers * seq_len % count
-    block, skip = divmod(int(numbers[0]), 4)
-    raw = _philox(config.train.seed, _WINDOWS, 0, block).random_raw(skip + len(numbers))[skip:]
-    return (raw % np.uint64(count)).astype(np.int64)  # the remainder's bias is below count / 2**64
+    phases = np.zeros_like(epochs)
+    room = split.num_tokens - _rows_per_epoch(config, split) * seq_len  # phases that leave every window whole
+    if config.data.shuffle:
+        for epoch in np.unique(epochs):
+            raw = _philox(config.train.seed, _PHASE, int(epoch)).random_raw()
+            phases[epochs == epoch] = int(raw) % room  # the remainder's bias is below 2 * seq_len / 2**64
+    return phases + rows * seq_len
 
 
 def _windows(split: Split, starts: np.ndarray, seq_len: int) -> Batch:
@@ -269,7 +273,12 @@ def _windows(split: Split, starts: np.ndarray, seq_len: int) -> Batch:
 
 def num_eval_batches(config: Config, split: Split, batch_size: int) -> int:
     """Batches of `eval_batches`."""
-    return math.ceil(_rows_per_epoch(config, split) / batch_size)
+    return math.ceil(_eval_rows(config, split) / batch_size)
+
+
+def _eval_rows(config: Config, split: Split) -> int:
+    """Rows that predict the whole split; the last window may be short."""
+    return len(split.rows) if split.rows is not None else math.ceil((split.num_tokens - 1) / config.data.seq_len)
 
 
 def eval_batches(
@@ -280,7 +289,7 @@ def eval_batches(
     at the end are padding, so that every process has the same number of batches of the same shape.
     """
     share = _share(batch_size, process_index, process_count, "the evaluation's batch size")
-    rows = math.ceil(_rows_per_epoch(config, split))
+    rows = _eval_rows(config, split)
     for batch in range(num_eval_batches(config, split, batch_size)):
         numbers = np.arange(batch * batch_size, (batch + 1) * batch_size)[share]
         numbers = np.where(numbers < rows, numbers, -1)

@@ -132,7 +132,7 @@ def _clip_rms(updates: Any) -> Any:
 
 
 def _on_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, seeing each kernel of the blocks as [L, inputs, outputs]: heads [N, H] are one axis, which can be factored over."""
+    """`inner`, seeing each kernel of the blocks as [L, inputs, outputs]: heads [N, H] are one axis, long enough to factor."""
 
     def as_matrices(tree: Any) -> Any:
         def reshape(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
