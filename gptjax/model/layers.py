@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.model import primitives
 
 ACTIVATIONS = {"gelu": primitives.gelu, "gelu_tanh": primitives.gelu_tanh, "relu": jax.nn.relu, "silu": jax.nn.silu}
+
+PROJECTED = "projected"  # the name of every projection's result, by which remat may keep it
 
 
 def parameter(module: nn.Module, name: str, initializer: Any, axes: tuple[str, ...], shape: tuple[int, ...], dtype: str) -> Any:
@@ -63,7 +66,7 @@ class Projection(nn.Module):
         bias = None
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape, c.param_dtype)
-        return primitives.linear(x, kernel, len(self.in_axes), jnp.dtype(c.dtype), bias)
+        return checkpoint_name(primitives.linear(x, kernel, len(self.in_axes), jnp.dtype(c.dtype), bias), PROJECTED)
 
 
 class MLP(nn.Module):
