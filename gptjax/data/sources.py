@@ -146,10 +146,17 @@ def _tfds_builder(name: str, data_dir: str) -> Any:
     """The builder of DATA_DIR/NAME[/CONFIG]/VERSION, the newest version unless `name` says `NAME:VERSION`."""
     root = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     base, _, version = name.partition(":")
+    if root.is_file():
+        raise UserError(
+            f"data.path={root} is a file, which data.source=tfds cannot read; set data.source=text to read it as text."
+        )
     missing = f"data.name: the TFDS data set {name} is not prepared under {root}"
     if not (root / base).is_dir():
         names = [path.name for path in root.iterdir()] if root.is_dir() else []
-        raise UserError(f"{missing}{nearest(base, names)}")
+        near = nearest(base, names)
+        raise UserError(
+            missing + (near if near != "." else "; data.path names another folder, or set data.source=text to read a file.")
+        )
     found = sorted((root / base).glob("**/dataset_info.json"), key=lambda path: _version(path.parent.name))
     found = [path.parent for path in found if not version or path.parent.name == version]
     if not found:

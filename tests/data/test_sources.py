@@ -176,7 +176,8 @@ def test_tfds(shared_data):
     [
         ({"name": "tiny_shakespear"}, r"tiny_shakespear is not prepared under .*; did you mean tiny_shakespeare\?"),
         ({"name": "tiny_shakespeare:9.0.0"}, "tiny_shakespeare:9.0.0 is not prepared"),
-        ({"path": "/nowhere"}, "is not prepared under /nowhere"),
+        ({"path": "/nowhere"}, "is not prepared under /nowhere; data.path names another folder"),
+        ({"path": __file__}, "is a file, which data.source=tfds cannot read; set data.source=text"),
         ({"eval_split": "valid"}, "no records for the split 'valid': its splits are train, validation, test"),
         ({"text_field": "txt"}, r"no field 'txt'; did you mean text\?"),
     ],
