@@ -39,6 +39,7 @@ OVERRIDES = {
     "model.residual_dropout": 0.1,
     "data.seq_len": 64,
     "data.batch_size": 8,
+    "data.eval_fraction": 0.005,
     "optimizer.ema_decay": 0.99,
     "optimizer.warmup_steps": 10,
     "train.accumulation_steps": 2,
