@@ -40,6 +40,7 @@ def get_config(arg: str = "small"):
     config.metrics.every_steps = 10
     config.evaluate.every_steps = 1000
     config.evaluate.max_batches = 100
+    config.evaluate.sample_tokens = 200
     config.checkpoint.every_steps = 1000
     config.checkpoint.keep_every_steps = 50_000
     return config

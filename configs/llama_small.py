@@ -46,5 +46,6 @@ def get_config(arg: str = ""):
     config.train.accumulation_steps = 4
     config.evaluate.every_steps = 1000
     config.evaluate.max_batches = 100
+    config.evaluate.sample_tokens = 200
     config.checkpoint.every_steps = 1000
     return config

@@ -62,6 +62,7 @@ def build_gptjax(size: dict[str, Any], options: list[str]) -> Callable[[], Any]:
     import numpy as np
 
     from gptjax import config as schema
+    from gptjax import recipes
     from gptjax.model import primitives
     from gptjax.parallel.mesh import make_mesh
     from gptjax.train.optimizers import Lengths
@@ -77,7 +78,7 @@ def build_gptjax(size: dict[str, Any], options: list[str]) -> Callable[[], Any]:
     values.train.duration_steps = 1000
     for setting in settings:
         for key, value in setting.get("config", {}).items():
-            schema.apply_override(values, f"{key}={value}")
+            recipes.apply_override(values, f"{key}={value}")
     config = schema.from_dict(values)
     mesh, lengths = make_mesh(config.mesh), Lengths(1000, 0, 1000)
     form = next((setting["form"] for setting in settings if "form" in setting), None)
