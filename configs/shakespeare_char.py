@@ -50,7 +50,7 @@ def _cpu(config) -> None:
     config.model.num_heads = 4
     config.model.model_dim = 128
     config.model.scan_unroll = 0  # faster on a CPU
-    config.optimizer.learning_rate = 1.25e-3
+    config.optimizer.learning_rate = 1.5e-3
     config.data.seq_len = 64
     config.data.batch_size = 12  # 12 * 64 = 768 tokens a step, 1.5 M in all
     config.train.duration_steps = 2000
