@@ -84,8 +84,8 @@ class Process:
         assert self.child.stderr is not None
         for line in self.child.stderr:
             self.lines.append(line)
-            if found := re.match(r"going on from the checkpoint of step (\d+)", line):
-                self.began_at = int(found[1])
+            if found := re.search(r"going on from the checkpoint of step (\d+)|holds a finished run of (\d+) steps", line):
+                self.began_at = int(found[1] or found[2])
             if re.match(r"step [\d,]+/", line):
                 self.steps_under_way.set()
         self.steps_under_way.set()
