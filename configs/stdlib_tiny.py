@@ -13,7 +13,8 @@ def get_config(arg: str = ""):
     config.data.source = "stdlib"
     config.data.tokenizer = "byte"
     config.data.seq_len = 256
-    config.data.batch_size = 8  # 8 * 256 = 2,048 tokens a step, 2.5 M in all
+    config.data.batch_size = 8  # 8 * 256 = 2,048 tokens a step, 1.2 M in all
+    config.data.eval_fraction = 0.03
 
     config.model.num_layers = 4
     config.model.model_dim = 128
@@ -23,17 +24,18 @@ def get_config(arg: str = ""):
     config.model.norm = "rmsnorm"
     config.model.scan_unroll = 0  # faster on a CPU
 
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.beta2 = 0.99
-    config.optimizer.warmup_steps = 100
-    config.optimizer.final_fraction = 0.02
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.muon_adam_learning_rate = 4e-3
+    config.optimizer.warmup_steps = 50
+    config.optimizer.final_fraction = 0.0
 
-    config.train.duration_steps = 1200
+    config.train.duration_steps = 600
     config.metrics.every_steps = 10
-    config.evaluate.every_steps = 300
+    config.evaluate.every_steps = 200
     config.evaluate.batch_size = 16
     config.evaluate.max_batches = 10
     config.evaluate.sample_prompt = "def "
     config.evaluate.sample_tokens = 300
-    config.checkpoint.every_steps = 200
+    config.checkpoint.every_steps = 100
     return config
