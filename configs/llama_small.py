@@ -3,7 +3,7 @@
 Command:  gptjax train --config=configs/llama_small.py --workdir=runs/llama --config.data.path='corpus/*.jsonl'
           A SentencePiece model of 32,000 pieces is trained on the corpus at the start; give one with
           --config.data.tokenizer_path.
-Cost:     20,000 steps of 262,144 tokens are 5.2 B tokens, about 3.5e18 FLOPs: some 4 hours on one A100 at 40 % of its peak.
+Cost:     20,000 steps of 262,144 tokens are 5.2 B tokens, about 3.5e18 FLOPs: some 8 hours on an A100 at 40 % of its peak.
 Expected: not run here.
 """
 

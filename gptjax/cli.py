@@ -7,7 +7,6 @@ SIGTERM and saved; 130 stopped by Ctrl-C (and saved, while training).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import json
 import math
@@ -365,8 +364,3 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", metavar="DIR", help="a run's folder")
     parser.add_argument("--config", metavar="FILE.py[:ARG]", help="recipe in place of the folder's own config.json")
     parser.add_argument("--step", type=_count, metavar="N", help="a checkpoint's step; by default the newest intact one")
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        sys.exit(main())

@@ -55,6 +55,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.parallel",
         "gptjax.train.loss",
         "gptjax.train.objectives",
+        "gptjax.train.step",
     ),
     "gptjax.train.loop": (
         "gptjax.config",

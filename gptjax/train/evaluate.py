@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError
 from gptjax.data.pipeline import Dataset, eval_batches
-from gptjax.model.decoder import Decoder, output_table
+from gptjax.model.decoder import output_table
 from gptjax.parallel.sharding import batch_sharding, replicated
 from gptjax.train.loss import row_nll
 from gptjax.train.objectives import OBJECTIVES
+from gptjax.train.step import hidden_states
 
 
 def eval_batch_size(config: Config, mesh: Mesh) -> int:
@@ -32,15 +33,8 @@ def eval_batch_size(config: Config, mesh: Mesh) -> int:
 def _sums(config: Config, params: Any, token_bytes: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
     """(nats, targets, UTF-8 bytes of the targets), each [B] in float32: a row's sum does not depend on the rows beside it."""
     example = OBJECTIVES[config.objective.name](batch)
-    hidden_BTD, _ = Decoder(config.model).apply(
-        {"params": params},
-        example.inputs,
-        example.positions,
-        segment_ids_BT=example.segment_ids if config.data.packing == "packed" else None,
-        method=Decoder.hidden,
-    )
     nats = row_nll(
-        hidden_BTD,
+        hidden_states(config, params, example),
         output_table(params, config.model),
         example.targets,
         example.weights,

@@ -100,19 +100,23 @@ def abstract_state(config: Config, lengths: Lengths, mesh: Mesh) -> TrainState:
     )
 
 
-def example_loss(config: Config, params: Any, example: Example, dropout_keys: Any) -> tuple[jax.Array, Metrics]:
-    """(sum of the weighted losses, its parts) of one micro-batch."""
-    packed = config.data.packing == "packed"
+def hidden_states(config: Config, params: Any, example: Example, dropout_keys: Any = None) -> jax.Array:
+    """[B, T, D] in training and evaluation alike; packed rows see only their own segment, windows have one."""
     hidden_BTD, _ = Decoder(config.model).apply(
         {"params": params},
         example.inputs,
         example.positions,
-        segment_ids_BT=example.segment_ids if packed else None,
+        segment_ids_BT=example.segment_ids if config.data.packing == "packed" else None,
         dropout_keys=dropout_keys,
         method=Decoder.hidden,
     )
+    return hidden_BTD
+
+
+def example_loss(config: Config, params: Any, example: Example, dropout_keys: Any) -> tuple[jax.Array, Metrics]:
+    """(sum of the weighted losses, its parts) of one micro-batch."""
     return softmax_cross_entropy(
-        hidden_BTD,
+        hidden_states(config, params, example, dropout_keys),
         output_table(params, config.model),
         example.targets,
         example.weights,
