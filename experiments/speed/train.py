@@ -43,6 +43,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fastminmax": {"env": {"XLA_FLAGS": "--xla_cpu_enable_fast_min_max=true"}},
     "scheduler": {"env": {"XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=true"}},
     "onednn": {"env": {"XLA_FLAGS": "--xla_cpu_use_onednn=true"}},
+    "noynn": {"env": {"XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type="}},
+    "ynndot": {"env": {"XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"}},
 }
 THREADS = 2
 

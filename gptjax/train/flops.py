@@ -78,11 +78,6 @@ def mfu(tokens_per_second: float | None, token_flops: float, num_devices: int, p
     return tokens_per_second * token_flops / (num_devices * peak)
 
 
-def format_mfu(value: float | None) -> str:
-    """'41.3%' or 'n/a'."""
-    return "n/a" if value is None else f"{value:.1%}"
-
-
 def describe_mfu(model: ModelConfig, seq_len: int, device_kind: str, num_devices: int, peak_tflops: float = 0.0) -> str:
     """One line for the log at start: what a token costs, by which formula, against which peak."""
     parameters, width = matmul_parameters(model), model.num_heads * model.head_dim

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gptjax.model import primitives
+
 # Bytes of float32 logits that one chunk may take on one device when the size is not given.
 _CHUNK_BYTES = 128 * 2**20
 
@@ -39,8 +41,7 @@ def softmax_cross_entropy(
     loss = (1 - label_smoothing) * nll + label_smoothing * (mean over V of -log p) + z_loss * log(Z)**2 (Szegedy et al., 2016;
     Chowdhery et al., 2022). `head` is [D, V], or with `transposed` the embedding [V, D]. Products are in `dtype`, logits and
     softmax in float32. `chunk` is the number of positions, of all rows together, whose logits are held at once; 0 chooses.
-    Parts: `nll_sum` (without smoothing and z-loss), `weight_sum` and `correct_sum` (weight where the target's logit is the
-    largest); they carry no gradient.
+    Parts: `nll_sum` (without smoothing and z-loss) and `weight_sum`; they carry no gradient.
 
     Under differentiation the gradients for `hidden_BTD` and `head` are computed in the forward pass, chunk by chunk, and only
     scaled in the backward.
@@ -65,7 +66,8 @@ def row_nll(
     weights_BT = weights_BT.astype(jnp.float32)
 
     def one(hidden_BcD, targets_Bc, weights_Bc):
-        _, nll_Bc, _ = _token_losses(options, _logits(options, hidden_BcD, head), targets_Bc)
+        logits_BcV = _logits(options, hidden_BcD, head)
+        _, nll_Bc = _token_losses(options, logits_BcV, _softmax(logits_BcV), targets_Bc)
         return (nll_Bc * weights_Bc).sum(1), ()
 
     nll_B, _ = _over_chunks(options, head, one, (hidden_BTD, targets_BT, weights_BT))
@@ -75,24 +77,26 @@ def row_nll(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(options, hidden_BTD, head, targets_BT, weights_BT):
     def one(hidden_BcD, targets_Bc, weights_Bc):
-        return _weighted(_token_losses(options, _logits(options, hidden_BcD, head), targets_Bc), weights_Bc), ()
+        logits_BcV = _logits(options, hidden_BcD, head)
+        return _weighted(_token_losses(options, logits_BcV, _softmax(logits_BcV), targets_Bc), weights_Bc), ()
 
     sums, _ = _over_chunks(options, head, one, (hidden_BTD, targets_BT, weights_BT))
-    return sums[0], {"nll_sum": sums[1], "correct_sum": sums[2]}
+    return sums[0], {"nll_sum": sums[1]}
 
 
 def _cross_entropy_forward(options, hidden_BTD, head, targets_BT, weights_BT):
     def one(hidden_BcD, targets_Bc, weights_Bc):
         logits_BcV = _logits(options, hidden_BcD, head)
-        losses = _token_losses(options, logits_BcV, targets_Bc)
-        dlogits_BcV = _dlogits(options, logits_BcV, targets_Bc, weights_Bc)
+        softmax = _softmax(logits_BcV)
+        losses = _token_losses(options, logits_BcV, softmax, targets_Bc)
+        dlogits_BcV = _dlogits(options, softmax, targets_Bc, weights_Bc)
         dhidden_BcD = _dot(dlogits_BcV, head.astype(options.dtype), (2, 0 if options.transposed else 1))
         flat_hidden, flat_dlogits = (x.reshape(-1, x.shape[-1]) for x in (hidden_BcD.astype(options.dtype), dlogits_BcV))
         dhead = _dot(flat_dlogits, flat_hidden, (0, 0)) if options.transposed else _dot(flat_hidden, flat_dlogits, (0, 0))
         return (_weighted(losses, weights_Bc), dhead), (dhidden_BcD.astype(hidden_BcD.dtype), losses[0])
 
     (sums, dhead), (dhidden_BTD, losses_BT) = _over_chunks(options, head, one, (hidden_BTD, targets_BT, weights_BT))
-    return (sums[0], {"nll_sum": sums[1], "correct_sum": sums[2]}), (dhidden_BTD, dhead.astype(head.dtype), losses_BT)
+    return (sums[0], {"nll_sum": sums[1]}), (dhidden_BTD, dhead.astype(head.dtype), losses_BT)
 
 
 def _cross_entropy_backward(options, residuals, cotangents):
@@ -108,35 +112,56 @@ def _logits(options: _Options, hidden_BcD: jax.Array, head: jax.Array) -> jax.Ar
     return _dot(hidden_BcD.astype(options.dtype), head.astype(options.dtype), (2, 1 if options.transposed else 0))
 
 
-def _token_losses(options: _Options, logits_BcV: jax.Array, targets_Bc: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(loss, nll, whether the target has the largest logit) of each token."""
+class _Softmax(NamedTuple):
+    """Of a chunk of logits, per token: the largest, exp(logit - largest), and the sum of these."""
+
+    top_Bc: jax.Array
+    exponentials_BcV: jax.Array
+    total_Bc: jax.Array
+
+    @property
+    def log_normaliser_Bc(self) -> jax.Array:
+        return self.top_Bc + jnp.log(self.total_Bc)
+
+
+def _softmax(logits_BcV: jax.Array) -> _Softmax:
     top_Bc = logits_BcV.max(-1)
-    lse_Bc = top_Bc + jnp.log(jnp.exp(logits_BcV - top_Bc[..., None]).sum(-1))
+    exponentials_BcV = jnp.exp(logits_BcV - top_Bc[..., None])
+    if primitives.hand_written():  # XLA's CPU backend would draw them again, on one core, for the sum and for the gradient
+        exponentials_BcV = jax.lax.optimization_barrier(exponentials_BcV)
+    return _Softmax(top_Bc, exponentials_BcV, exponentials_BcV.sum(-1))
+
+
+def _token_losses(
+    options: _Options, logits_BcV: jax.Array, softmax: _Softmax, targets_Bc: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(loss, nll) of each token."""
     target_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
-    nll_Bc = lse_Bc - target_Bc
+    nll_Bc = softmax.log_normaliser_Bc - target_Bc
     loss_Bc = nll_Bc
     if options.label_smoothing:
         loss_Bc = loss_Bc + options.label_smoothing * (target_Bc - logits_BcV.mean(-1))
     if options.z_loss:
-        loss_Bc = loss_Bc + options.z_loss * jnp.square(lse_Bc)
-    return loss_Bc, nll_Bc, target_Bc >= top_Bc
+        loss_Bc = loss_Bc + options.z_loss * jnp.square(softmax.log_normaliser_Bc)
+    return loss_Bc, nll_Bc
 
 
 def _weighted(terms: tuple[jax.Array, ...], weights_Bc: jax.Array) -> tuple[jax.Array, ...]:
     return tuple((x_Bc * weights_Bc).sum() for x_Bc in terms)
 
 
-def _dlogits(options: _Options, logits_BcV: jax.Array, targets_Bc: jax.Array, weights_Bc: jax.Array) -> jax.Array:
+def _dlogits(options: _Options, softmax: _Softmax, targets_Bc: jax.Array, weights_Bc: jax.Array) -> jax.Array:
     """Gradient of the weighted loss for the logits, in the type of the products that follow."""
-    lse_Bc1 = jax.nn.logsumexp(logits_BcV, axis=-1, keepdims=True)
-    gradient = jnp.exp(logits_BcV - lse_Bc1)
+    vocab = softmax.exponentials_BcV.shape[-1]
+    scale_Bc = weights_Bc / softmax.total_Bc
     if options.z_loss:
-        gradient = gradient * (1 + 2 * options.z_loss * lse_Bc1)
-    is_target = targets_Bc[..., None] == jnp.arange(logits_BcV.shape[-1])
-    gradient = gradient - jnp.where(is_target, 1 - options.label_smoothing, 0.0)
+        scale_Bc = scale_Bc * (1 + 2 * options.z_loss * softmax.log_normaliser_Bc)
+    is_target = targets_Bc[..., None] == jnp.arange(vocab)
+    gradient = softmax.exponentials_BcV * scale_Bc[..., None]
+    gradient = gradient - jnp.where(is_target, (1 - options.label_smoothing) * weights_Bc[..., None], 0.0)
     if options.label_smoothing:
-        gradient = gradient - options.label_smoothing / logits_BcV.shape[-1]
-    return (gradient * weights_Bc[..., None]).astype(options.dtype)
+        gradient = gradient - options.label_smoothing / vocab * weights_Bc[..., None]
+    return gradient.astype(options.dtype)
 
 
 def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:

@@ -87,8 +87,7 @@ def test_peak_is_published_or_none():
 def test_mfu():
     # Half of the peak of 4 devices: 2 * 100 TFLOP/s at 1 GFLOP a token is 200,000 tokens/s.
     assert flops.mfu(200_000, 1e9, 4, 100e12) == pytest.approx(0.5)
-    assert flops.format_mfu(0.4131) == "41.3%"
-    assert flops.format_mfu(flops.mfu(200_000, 1e9, 4, None)) == "n/a"
+    assert flops.mfu(200_000, 1e9, 4, None) is None
     assert flops.mfu(None, 1e9, 4, 100e12) is None
     assert flops.device_peak("cpu", "float32", peak_tflops=0.25) == 0.25e12
 
