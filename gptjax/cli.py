@@ -123,6 +123,10 @@ def _config(arguments: argparse.Namespace) -> int:
             "gptjax config takes one recipe to print, or two to compare; each may also be a run's folder or its config.json."
         )
     configs = [_load_any(spec, arguments.overrides) for spec in specs]
+    if arguments.shardings:
+        if len(configs) != 1:
+            raise UserError("gptjax config --shardings takes one recipe.")
+        return _shardings(configs[0], arguments.json)
     if len(configs) == 1:
         print(config_lib.to_json(configs[0]), end="")
         return 0
@@ -135,6 +139,40 @@ def _config(arguments: argparse.Namespace) -> int:
         print(f"{key:<{width}}  {before!r} -> {after!r}")
     if not changed:
         print("the two are the same", file=sys.stderr)
+    return 0
+
+
+def _shardings(config: Config, as_json: bool) -> int:
+    """Every parameter with its spec and its bytes on one device, for devices that need not be here."""
+    if not config.model.vocab_size:
+        raise UserError("model.vocab_size=0 waits for the tokenizer; give --config.model.vocab_size to see the shardings.")
+    import jax
+
+    from gptjax.parallel.mesh import AXES, abstract_mesh, check_divides
+    from gptjax.parallel.sharding import layout_table, use_rules
+    from gptjax.train.step import init_params
+
+    fixed = math.prod(size for axis in AXES if (size := getattr(config.mesh, axis)) != -1)
+    mesh = abstract_mesh(config.mesh, max(fixed, jax.device_count() // fixed * fixed))
+    check_divides(config, mesh)
+    with use_rules(config.mesh):
+        rows = layout_table(jax.eval_shape(lambda: init_params(config, jax.numpy.uint32(0))), mesh)
+    if as_json:
+        _print_json({"mesh": dict(mesh.shape), "parameters": rows})
+        return 0
+    lines = [("parameter", "shape", "spec", "bytes a device")]
+    for row in rows:
+        axes = [axes if isinstance(axes, str) else "+".join(axes or ()) or "-" for axes in row["spec"]]
+        lines.append((row["name"], str(tuple(row["shape"])), ", ".join(axes), f"{row['bytes_per_device']:,}"))
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    for line in lines:
+        cells = [
+            text.rjust(width) if column == 3 else text.ljust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+    total, held = (sum(row[key] for row in rows) for key in ("bytes", "bytes_per_device"))
+    print(f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}: {held:,} bytes a device of {total:,}")
     return 0
 
 
@@ -341,6 +379,7 @@ loss_curve.png. SIGTERM and Ctrl-C save first; exit status 75 and 130. A changed
   gptjax config configs/gpt2_124m.py --config.model.num_layers=6
   gptjax config runs/a runs/b""",
     )
+    show.add_argument("--shardings", action="store_true", help="every parameter with its mesh axes and bytes on one device")
     show.add_argument("files", nargs="*", metavar="RECIPE", help="FILE.py[:ARG], a config.json or a run's folder")
     show.add_argument("--config", metavar="FILE.py[:ARG]", help="the same as a RECIPE")
     return parser

@@ -258,7 +258,15 @@ class EvaluateConfig:
 class MeshConfig:
     """How devices are arranged."""
 
-    data: int = knob(-1, "Devices that each take a share of the batch; -1: all.", at_least=-1, shapes_run=False)
+    data: int = knob(-1, "Parts of the batch; -1, for one of the axes: what the others leave.", at_least=-1, shapes_run=False)
+    fsdp: int = knob(1, "Parts of the batch that also share out parameters and optimizer state.", at_least=-1, shapes_run=False)
+    tensor: int = knob(1, "Parts of heads, MLP and vocabulary.", at_least=-1, shapes_run=False)
+    context: int = knob(1, "Parts of the sequence.", at_least=-1, shapes_run=False)
+    expert: int = knob(1, "Parts of the experts, and of the batch.", at_least=-1, shapes_run=False)
+    stage: int = knob(1, "Parts of the layers, as a pipeline.", at_least=-1, shapes_run=False)
+    rules: tuple[str, ...] = knob(
+        (), "Logical names laid over other mesh axes than gptjax/parallel/sharding.py says: NAME=AXIS+AXIS.", shapes_run=False
+    )
 
 
 @dataclass(frozen=True)
@@ -475,10 +483,19 @@ def _check(config: Config) -> None:
             f"model.attention={model.attention} never holds the attention weights, so model.attention_dropout must be 0 with it; "
             "model.attention=dense can drop them."
         )
-    if config.mesh.data == 0:
-        raise UserError("mesh.data=0 must be -1 (all devices) or at least 1.")
+    _check_mesh(config.mesh)
     _check_durations(config)
     _check_source(data)
+
+
+def _check_mesh(mesh: MeshConfig) -> None:
+    sizes = {f"mesh.{name}": size for name, size in to_dict(mesh).items() if name != "rules"}
+    for key, size in sizes.items():
+        if size == 0:
+            raise UserError(f"{key}=0 must be -1 (what the other axes leave) or at least 1.")
+    rest = [f"{key}=-1" for key, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        raise UserError(f"{' and '.join(rest)}: only one axis may take what the others leave; give the others a size.")
 
 
 def _check_durations(config: Config) -> None:

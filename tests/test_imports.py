@@ -25,7 +25,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.train.state": ("gptjax.config",),
     "gptjax.train.flops": ("gptjax.config",),
     "gptjax.train.metrics": ("gptjax.config", "gptjax.train.flops"),
-    "gptjax.train.loss": ("gptjax.model.primitives",),
+    "gptjax.train.loss": ("gptjax.model.primitives", "gptjax.parallel.sharding"),
     "gptjax.train.manifest": ("gptjax.train.run",),
     "gptjax.train.run": ("gptjax.config",),
     "gptjax.train.checkpoints": ("gptjax.config", "gptjax.train.manifest", "gptjax.train.run"),

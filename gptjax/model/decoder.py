@@ -65,17 +65,23 @@ class Embedding(nn.Module):
     def setup(self) -> None:
         c = self.config
         normal = nn.initializers.normal(c.init_std)
-        self.tokens = parameter(self, "tokens", normal, ("vocab", "embed"), (c.vocab_size, c.model_dim), c.param_dtype)
+        self.tokens = parameter(self, "tokens", normal, ("table_rows", "table_width"), (c.vocab_size, c.model_dim), c.param_dtype)
         if c.position == "learned":
             self.positions = parameter(
                 self, "positions", normal, ("positions", "embed"), (c.max_seq_len, c.model_dim), c.param_dtype
             )
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        x_BTD = primitives.embed(self.tokens, tokens_BT)
+        x_BTD = _look_up(self.tokens, tokens_BT)
         if self.config.position == "learned":
-            x_BTD = x_BTD + primitives.embed(self.positions, positions_BT)
+            x_BTD = x_BTD + _look_up(self.positions, positions_BT)
         return x_BTD.astype(self.config.dtype)
+
+
+def _look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """[B, T, D], each device looking up its own rows in its own part of the width."""
+    x_BTD = primitives.embed(constrain(table_VD, None, "lookup_width"), ids_BT)
+    return constrain(x_BTD, "batch", "length", "lookup_width")
 
 
 class Decoder(nn.Module):
@@ -104,7 +110,7 @@ class Decoder(nn.Module):
         self.final_norm = Norm(c)
         if not c.tied_embeddings:
             normal = nn.initializers.normal(c.init_std)
-            self.head = parameter(self, "head", normal, ("embed", "vocab"), (c.model_dim, c.vocab_size), c.param_dtype)
+            self.head = parameter(self, "head", normal, ("table_width", "table_rows"), (c.model_dim, c.vocab_size), c.param_dtype)
 
     def hidden(
         self,

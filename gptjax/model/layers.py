@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.model import primitives
+from gptjax.parallel.sharding import constrain
 
 ACTIVATIONS = {"gelu": primitives.gelu, "gelu_tanh": primitives.gelu_tanh, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
@@ -66,7 +67,10 @@ class Projection(nn.Module):
         bias = None
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape, c.param_dtype)
-        return checkpoint_name(primitives.linear(x, kernel, len(self.in_axes), jnp.dtype(c.dtype), bias), PROJECTED)
+        y = primitives.linear(x, kernel, len(self.in_axes), jnp.dtype(c.dtype), bias)
+        # "embed" says how parameters are stored; the residual stream is whole on every device.
+        y = constrain(y, "batch", "length", *(None if name == "embed" else name for name in self.out_axes))
+        return checkpoint_name(y, PROJECTED)
 
 
 class MLP(nn.Module):

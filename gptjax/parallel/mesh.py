@@ -2,25 +2,76 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 
-from gptjax.config import MeshConfig, UserError
+from gptjax.config import Config, MeshConfig, UserError
 
-AXES = ("data",)
+# Outermost first: neighbours along the last axis are the nearest devices, and tensor parallelism talks the most.
+AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 
 
-def make_mesh(config: MeshConfig, batch_size: int | None = None) -> jax.sharding.Mesh:
-    """A mesh over all devices (or the first `mesh.data` of them) with the axes of `AXES`.
+def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """{axis: size} in the order of `AXES`, an axis of -1 taking what the others leave of `devices`.
 
-    Raises `UserError` where there are too few devices, or where `batch_size` rows don't divide over the data axis.
+    Raises `UserError` where there are too few devices, or where the others don't divide them.
     """
-    devices = jax.devices()
-    size = len(devices) if config.data == -1 else config.data
-    if size > len(devices):
-        raise UserError(f"mesh.data={config.data} needs {size} devices, but there are {len(devices)}.")
-    if batch_size is not None and batch_size % size:
-        raise UserError(
-            f"{batch_size} rows a micro-batch do not divide over mesh.data={size} devices; change data.batch_size or mesh.data."
-        )
+    given = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in given.values() if size != -1)
+    named = ", ".join(f"mesh.{axis}={size}" for axis, size in given.items() if size not in (-1, 1)) or "the mesh"
+    rest = next((axis for axis, size in given.items() if size == -1), None)
+    if fixed > devices:
+        raise UserError(f"{named} needs {fixed} devices, but there are {devices}.")
+    if rest is not None and devices % fixed:
+        raise UserError(f"{named} takes devices by {fixed}, which does not divide the {devices} that mesh.{rest}=-1 shares out.")
+    return {axis: devices // fixed if size == -1 else size for axis, size in given.items()}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """A mesh with all axes of `AXES` over `devices` (all of JAX's by default), or the first of them that it takes.
+
+    Raises `UserError` as `axis_sizes` does.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = axis_sizes(config, len(devices))
+    taken = devices[: math.prod(sizes.values())]
     # Auto axes: Linen's and our constraints name axes and leave the rest to the compiler.
-    return jax.make_mesh((size,), AXES, axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:size])
+    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=taken)
+
+
+def abstract_mesh(config: MeshConfig, devices: int) -> jax.sharding.AbstractMesh:
+    """The mesh that `make_mesh` would give on so many devices, which need not be here."""
+    sizes = axis_sizes(config, devices)
+    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.sharding.AbstractMesh(tuple(sizes.values()), AXES, axis_types=kinds)
+
+
+def batch_shards(mesh: Any) -> int:
+    """How many parts a batch's rows are cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+
+
+def check_divides(config: Config, mesh: Any) -> None:
+    """Raises `UserError` with the numbers where rows, heads or widths of a run don't divide over the mesh (a `Mesh`, or an
+    `AbstractMesh` of devices that are not here).
+    """
+    model, data = config.model, config.data
+    over_rows = "mesh.data * mesh.fsdp * mesh.expert"
+    rows = data.batch_size // config.train.accumulation_steps
+    tensor = mesh.shape["tensor"]
+    needs = [
+        ("data.batch_size / train.accumulation_steps", rows, over_rows, batch_shards(mesh)),
+        ("evaluate.batch_size", config.evaluate.batch_size or rows, over_rows, batch_shards(mesh)),
+        ("data.seq_len", data.seq_len, "mesh.context", mesh.shape["context"]),
+        ("model.num_heads", model.num_heads, "mesh.tensor", tensor),
+        ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", tensor),
+        ("model.mlp_dim", model.mlp_dim, "mesh.tensor", tensor),
+        ("model.num_layers", model.num_layers, "mesh.stage", mesh.shape["stage"]),
+    ]
+    for key, number, axes, size in needs:
+        if number % size:
+            raise UserError(f"{key}={number} does not divide over {axes}={size}; change one of them.")

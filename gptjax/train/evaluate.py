@@ -16,18 +16,11 @@ from jax.sharding import Mesh
 from gptjax.config import Config, UserError
 from gptjax.data.pipeline import Dataset, eval_batches
 from gptjax.model.decoder import output_table
-from gptjax.parallel.sharding import batch_sharding, replicated
+from gptjax.parallel.mesh import check_divides
+from gptjax.parallel.sharding import batch_sharding, laid_over, replicated, use_rules
 from gptjax.train.loss import row_nll
 from gptjax.train.objectives import OBJECTIVES
 from gptjax.train.step import hidden_states
-
-
-def eval_batch_size(config: Config, mesh: Mesh) -> int:
-    """Rows evaluated at once. Raises `UserError` where they don't divide over the mesh."""
-    rows = config.evaluate.batch_size or config.data.batch_size // config.train.accumulation_steps
-    if rows % mesh.size:
-        raise UserError(f"evaluate.batch_size={rows} does not divide over {mesh.size} devices.")
-    return rows
 
 
 def _sums(config: Config, params: Any, token_bytes: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -51,7 +44,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., tuple[jax.Array,
     step = jax.jit(functools.partial(_sums, config), out_shardings=replicated(mesh))
 
     def run(params: Any, token_bytes: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-        with jax.set_mesh(mesh):
+        with laid_over(mesh, config.mesh):
             return step(params, token_bytes, batch)
 
     run.compiled = step  # type: ignore[attr-defined]
@@ -72,13 +65,17 @@ def evaluate(config: Config, params: Any, dataset: Dataset, mesh: Mesh, max_batc
 
     Rows are summed on the device in float32 and added here in float64, always in the order of the split.
     """
+    check_divides(config, mesh)
+    rows = config.evaluate.batch_size or config.data.batch_size // config.train.accumulation_steps
     step = make_eval_step(config, mesh)
+    with use_rules(config.mesh):
+        layout = batch_sharding(mesh)
     token_bytes = jax.device_put(token_byte_counts(config, dataset), replicated(mesh))
-    batches = eval_batches(config, dataset.eval, eval_batch_size(config, mesh), jax.process_index(), jax.process_count())
+    batches = eval_batches(config, dataset.eval, rows, jax.process_index(), jax.process_count())
     totals = np.zeros(3)
     pending: Any = None
     for batch in itertools.islice(batches, max_batches or None):
-        on_device = {name: jax.make_array_from_process_local_data(batch_sharding(mesh), array) for name, array in batch.items()}
+        on_device = {name: jax.make_array_from_process_local_data(layout, array) for name, array in batch.items()}
         sums = step(params, token_bytes, on_device)
         if pending is not None:  # the next batch is under way before these are waited for
             totals += [np.sum(np.asarray(column), dtype=np.float64) for column in pending]

@@ -17,15 +17,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from gptjax.config import Config, to_dict
 from gptjax.data.pipeline import Dataset, batch_documents, load_dataset, steps_per_epoch, train_batches
 from gptjax.generate.text import generate_text
-from gptjax.parallel.mesh import make_mesh
-from gptjax.parallel.sharding import batch_sharding
+from gptjax.parallel.mesh import check_divides, make_mesh
+from gptjax.parallel.sharding import batch_sharding, use_rules
 from gptjax.train.checkpoints import CheckpointError, Checkpoints
-from gptjax.train.evaluate import eval_batch_size, evaluate
+from gptjax.train.evaluate import evaluate
 from gptjax.train.flops import describe_mfu, device_peak, flops_per_token, mfu
 from gptjax.train.metrics import LiveLine, MetricsWriter, draw_loss_curve, log_to_stderr, parameter_table
 from gptjax.train.optimizers import Lengths, evaluation_params
@@ -114,8 +114,8 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: Sequence[str] = 
         config = config.with_vocab_size(dataset.tokenizer.vocab_size)
         epoch_steps = steps_per_epoch(config, dataset.train)
         lengths = Lengths.of(config, epoch_steps)
-        mesh = make_mesh(config.mesh, config.data.batch_size // config.train.accumulation_steps)
-        eval_batch_size(config, mesh)
+        mesh = make_mesh(config.mesh)
+        check_divides(config, mesh)
         check_config(workdir, config, allow_changes, log)
         result = read_result(workdir)
         if result is not None and result["steps"] >= lengths.total:
@@ -148,8 +148,7 @@ def _describe(run: Run, state: TrainState) -> None:
     run.line(f"{run.lengths.total:,} steps of {c.tokens_per_step:,} tokens: {run.lengths.total / run.epoch_steps:.2f} epochs.")
 
 
-def _on_device(mesh: Mesh, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, jax.Array]]:
-    sharding = batch_sharding(mesh)
+def _on_device(sharding: NamedSharding, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, jax.Array]]:
     for batch in batches:
         yield {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
@@ -159,7 +158,8 @@ def _steps(run: Run, state: TrainState) -> TrainState:
     config, start_step = run.config, int(state.step)
     train_step = make_train_step(config, run.lengths, run.mesh)
     host_batches = train_batches(config, run.dataset.train, start_step, jax.process_index(), jax.process_count())
-    batches = _on_device(run.mesh, host_batches)
+    with use_rules(config.mesh):
+        batches = _on_device(batch_sharding(run.mesh), host_batches)
     if start_step and run.is_due("evaluate", start_step) and not run.metrics.has(start_step, "eval/loss"):
         run.figures = _evaluate(run, state, start_step)  # a stop took precedence over it
     pending: tuple[int, dict[str, jax.Array]] | None = None

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.model import primitives
+from gptjax.parallel.sharding import constrain, mesh_size
 
 # Bytes of float32 logits that one chunk may take on one device when the size is not given.
 _CHUNK_BYTES = 128 * 2**20
@@ -47,6 +48,7 @@ def softmax_cross_entropy(
     scaled in the backward.
     """
     options = _Options(transposed, label_smoothing, z_loss, chunk, jnp.dtype(dtype))
+    head = constrain(head, *(("vocab", None) if transposed else (None, "vocab")))
     loss, parts = _cross_entropy(options, hidden_BTD, head, targets_BT, weights_BT.astype(jnp.float32))
     return loss, jax.lax.stop_gradient(parts) | {"weight_sum": weights_BT.astype(jnp.float32).sum()}
 
@@ -109,7 +111,8 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _logits(options: _Options, hidden_BcD: jax.Array, head: jax.Array) -> jax.Array:
-    return _dot(hidden_BcD.astype(options.dtype), head.astype(options.dtype), (2, 1 if options.transposed else 0))
+    logits = _dot(hidden_BcD.astype(options.dtype), head.astype(options.dtype), (2, 1 if options.transposed else 0))
+    return constrain(logits, "batch", "length", "vocab")
 
 
 class _Softmax(NamedTuple):
@@ -136,7 +139,10 @@ def _token_losses(
     options: _Options, logits_BcV: jax.Array, softmax: _Softmax, targets_Bc: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(loss, nll) of each token."""
-    target_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
+    if primitives.hand_written():
+        target_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
+    else:  # a sum over the vocabulary, of which each device may hold a part
+        target_Bc = jnp.where(_is_target(logits_BcV, targets_Bc), logits_BcV, 0.0).sum(-1)
     nll_Bc = softmax.log_normaliser_Bc - target_Bc
     loss_Bc = nll_Bc
     if options.label_smoothing:
@@ -156,12 +162,17 @@ def _dlogits(options: _Options, softmax: _Softmax, targets_Bc: jax.Array, weight
     scale_Bc = weights_Bc / softmax.total_Bc
     if options.z_loss:
         scale_Bc = scale_Bc * (1 + 2 * options.z_loss * softmax.log_normaliser_Bc)
-    is_target = targets_Bc[..., None] == jnp.arange(vocab)
     gradient = softmax.exponentials_BcV * scale_Bc[..., None]
-    gradient = gradient - jnp.where(is_target, (1 - options.label_smoothing) * weights_Bc[..., None], 0.0)
+    gradient = gradient - jnp.where(
+        _is_target(softmax.exponentials_BcV, targets_Bc), (1 - options.label_smoothing) * weights_Bc[..., None], 0.0
+    )
     if options.label_smoothing:
         gradient = gradient - options.label_smoothing / vocab * weights_Bc[..., None]
     return gradient.astype(options.dtype)
+
+
+def _is_target(logits_BcV: jax.Array, targets_Bc: jax.Array) -> jax.Array:
+    return targets_Bc[..., None] == jnp.arange(logits_BcV.shape[-1])
 
 
 def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
@@ -171,11 +182,12 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 def _over_chunks(options: _Options, head: jax.Array, one: Callable, arrays: tuple) -> tuple[Any, tuple]:
     """`one(*chunk)` gives (results to sum, results [B, c, ...] to join along T).
 
-    Chunks are cut along T, so that each takes a share of every row.
+    Each chunk takes every `chunks`-th position of every row, so that all devices have a share of it whether they split rows
+    or positions.
     """
     batch, length = arrays[0].shape[:2]
     vocab = head.shape[0 if options.transposed else 1]
-    positions = options.chunk or jax.device_count() * _CHUNK_BYTES // (4 * vocab)
+    positions = options.chunk or mesh_size() * _CHUNK_BYTES // (4 * vocab)
     chunks = -(-length // max(1, positions // batch))
     size = -(-length // chunks)
     if chunks == 1:
@@ -183,7 +195,8 @@ def _over_chunks(options: _Options, head: jax.Array, one: Callable, arrays: tupl
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (x.ndim - 2))  # weight 0
-        return jnp.moveaxis(x.reshape(batch, chunks, size, *x.shape[2:]), 1, 0)
+        x = jnp.moveaxis(x.reshape(batch, size, chunks, *x.shape[2:]), 2, 0)
+        return constrain(x, None, "batch", "length", *(None,) * (x.ndim - 3))
 
     def step(total, chunk):
         to_sum, to_join = one(*chunk)
@@ -194,7 +207,7 @@ def _over_chunks(options: _Options, head: jax.Array, one: Callable, arrays: tupl
     total, rest = jax.lax.scan(step, total, jax.tree.map(lambda x: x[1:], stacked))
 
     def join(first, rest):
-        x = jnp.moveaxis(jnp.concatenate([first[None], rest]), 0, 1)
+        x = jnp.moveaxis(jnp.concatenate([first[None], rest]), 0, 2)
         return x.reshape(batch, chunks * size, *x.shape[3:])[:, :length]
 
     return total, jax.tree.map(join, first, rest)

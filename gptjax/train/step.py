@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from gptjax.config import Config
 from gptjax.model import primitives
 from gptjax.model.decoder import Decoder, output_table
-from gptjax.parallel.sharding import batch_sharding, parameter_shardings, replicated
+from gptjax.parallel.sharding import batch_sharding, laid_over, parameter_shardings, replicated, use_rules
 from gptjax.train.loss import softmax_cross_entropy
 from gptjax.train.objectives import OBJECTIVES, Example
 from gptjax.train.optimizers import Lengths, make_optimizer, make_schedule
@@ -48,7 +48,8 @@ def init_params(config: Config, seed: jax.Array) -> Any:
 def state_shardings(config: Config, lengths: Lengths, mesh: Mesh) -> TrainState:
     """A TrainState of NamedShardings: optimizer state that mirrors a parameter lies where the parameter lies."""
     boxed = jax.eval_shape(lambda: init_params(config, jnp.uint32(0)))
-    shardings = parameter_shardings(boxed, mesh)
+    with use_rules(config.mesh):
+        shardings = parameter_shardings(boxed, mesh)
     abstract = jax.eval_shape(lambda: _new_state(config, lengths, nn.unbox(init_params(config, jnp.uint32(0))), jnp.uint32(0)))
     by_path = {
         (tuple(path), leaf.shape): sharding
@@ -80,7 +81,7 @@ def _new_state(config: Config, lengths: Lengths, params: Any, seed: jax.Array) -
 def init_state(config: Config, lengths: Lengths, mesh: Mesh, params: Any = None) -> TrainState:
     """The state at step 0, laid over the mesh. `params`, where given, takes the place of random ones."""
     shardings = state_shardings(config, lengths, mesh)
-    with jax.set_mesh(mesh):
+    with laid_over(mesh, config.mesh):
         if params is not None:
             build = jax.jit(lambda params, seed: _new_state(config, lengths, params, seed), out_shardings=shardings)
             return build(params, jnp.uint32(config.train.seed))
@@ -210,15 +211,17 @@ def make_train_step(config: Config, lengths: Lengths, mesh: Mesh) -> Callable[[T
     The same arguments give the same function.
     """
     shardings = state_shardings(config, lengths, mesh)
+    with use_rules(config.mesh):
+        batch = batch_sharding(mesh)
     step = jax.jit(
         functools.partial(_step, config, lengths),
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with jax.set_mesh(mesh):
+        with laid_over(mesh, config.mesh):
             return step(state, batch)
 
     run.compiled = step  # type: ignore[attr-defined]

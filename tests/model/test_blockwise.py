@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config import MeshConfig
 from gptjax.model import primitives
 from gptjax.model.blockwise import blockwise_attention
+from gptjax.parallel.mesh import make_mesh
 
 from .test_primitives import assert_same, normal
 
@@ -87,7 +89,7 @@ def test_keeps_no_square_array_for_the_backward_pass():
 
 
 def test_sharded_over_the_batch(eight_devices):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = make_mesh(MeshConfig(data=8))
     x = normal(0, 8, 32, 2, 4)
     step = jax.jit(jax.grad(lambda x: jnp.square(blockwise_attention(x, x, x, block_size=8)).sum()))
     spread = step(jax.device_put(x, jax.NamedSharding(mesh, jax.P("data"))))

@@ -12,12 +12,14 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
+from gptjax.config import MeshConfig
 from gptjax.model import primitives
 from gptjax.model.attention import ATTENTION_BACKENDS
 from gptjax.model.decoder import Block, Decoder
 from gptjax.model.layers import ACTIVATIONS, Norm
 from gptjax.model.positions import rotary_angles, rotate
 from gptjax.parallel import sharding
+from gptjax.parallel.mesh import make_mesh
 from gptjax.train.objectives import causal
 from gptjax.train.optimizers import parameter_path
 from gptjax.train.step import example_loss, init_params
@@ -337,7 +339,7 @@ def test_every_dimension_of_every_parameter_has_a_known_name(kind: str) -> None:
 
 
 def test_a_misspelt_axis_is_a_key_error() -> None:
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = make_mesh(MeshConfig(data=1))
     boxed = {"kernel": nn.LogicallyPartitioned(jnp.zeros((2, 2)), ("embed", "mpl"))}
     with pytest.raises(KeyError, match="mpl"):
         sharding.parameter_shardings(boxed, mesh)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config import MeshConfig
 from gptjax.model import primitives
+from gptjax.parallel.mesh import make_mesh
 
 
 def normal(seed, *shape):
@@ -190,7 +192,7 @@ def test_dropout_backward_uses_the_mask_of_the_forward():
 
 
 def test_primitives_give_the_same_under_a_sharded_batch(eight_devices):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = make_mesh(MeshConfig(data=8))
     x, kernel = normal(0, 8, 4, 16), normal(1, 16, 2, 8)
 
     def loss(x, kernel):

@@ -1,4 +1,4 @@
-"""Run by test_mesh.py in a process of its own: one mesh of 1 and one of 8 virtual devices. Prints one JSON object."""
+"""Run by test_mesh.py in a process of its own: meshes of 1 and of 8 virtual devices. Prints one JSON object."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.config import MeshConfig, UserError
-from gptjax.parallel.mesh import make_mesh
+from gptjax.config import UserError
+from gptjax.parallel.mesh import check_divides, make_mesh
 from gptjax.train.optimizers import Lengths
 from gptjax.train.step import init_state, make_train_step
 from tests.small import random_batch, small
@@ -23,10 +23,25 @@ def sha256(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def run(size: int) -> dict[str, Any]:
-    knobs = {"model.num_layers": 1, "model.residual_dropout": 0.2, "model.embedding_dropout": 0.2, "model.attention_dropout": 0.2}
-    config = small(knobs, data__batch_size=16, train__accumulation_steps=2, mesh__data=size, optimizer__epsilon=1e-3)
-    lengths, mesh = Lengths.of(config, 1.0), make_mesh(config.mesh, batch_size=8)
+# A short form of experiments/meshes: every axis alone or in pairs, and all that there are together.
+MESHES: dict[str, dict[str, int]] = {
+    "one": {"data": 1},
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8, "data": 1},
+    "tensor": {"tensor": 8, "data": 1},
+    "fsdp and tensor": {"fsdp": 2, "tensor": 4, "data": 1},
+    "data, fsdp, tensor": {"fsdp": 2, "tensor": 2, "data": -1},
+}
+
+
+def run(**axes: int) -> dict[str, Any]:
+    knobs = {"model.num_layers": 2, "model.residual_dropout": 0.2, "model.embedding_dropout": 0.2, "model.attention_dropout": 0.2}
+    knobs |= {"model.num_heads": 8, "model.vocab_size": 23, "objective.loss_chunk": 24} | {
+        f"mesh.{k}": v for k, v in axes.items()
+    }
+    config = small(knobs, data__batch_size=16, train__accumulation_steps=2, optimizer__epsilon=1e-3)
+    lengths, mesh = Lengths.of(config, 1.0), make_mesh(config.mesh)
+    check_divides(config, mesh)
     state, step = init_state(config, lengths, mesh), make_train_step(config, lengths, mesh)
     found: dict[str, Any] = {"init": sha256(state.params), "loss": [], "gradient_norm": []}
     for seed in range(3):
@@ -36,12 +51,17 @@ def run(size: int) -> dict[str, Any]:
     found["params"] = [np.asarray(leaf).ravel()[:50].tolist() for leaf in jax.tree.leaves(state.params)]
     found["compilations"] = step.compiled._cache_size()
     found["devices"] = len(state.params["embed"]["tokens"].sharding.device_set)
+    found["bytes"] = max(
+        sum(s.data.nbytes for leaf in jax.tree.leaves(state.params) for s in leaf.addressable_shards if s.device == device)
+        for device in mesh.devices.flat
+    )
     return found
 
 
-def refusal(mesh: MeshConfig, rows: int) -> str:
+def refusal(**knobs: Any) -> str:
     try:
-        make_mesh(mesh, rows)
+        config = small({key.replace("__", "."): value for key, value in knobs.items()})
+        check_divides(config, make_mesh(config.mesh))
     except UserError as error:
         return str(error)
     return ""
@@ -49,5 +69,13 @@ def refusal(mesh: MeshConfig, rows: int) -> str:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
-    refused = [refusal(MeshConfig(data=-1), 12), refusal(MeshConfig(data=9), 18), refusal(MeshConfig(data=4), 12)]
-    print(json.dumps({"one": run(1), "eight": run(8), "refused": refused}))
+    refused = [
+        refusal(data__batch_size=12),
+        refusal(mesh__data=9),
+        refusal(mesh__data=4, data__batch_size=12),
+        refusal(mesh__tensor=8),
+        refusal(mesh__data=1, mesh__fsdp=3, mesh__tensor=4),
+        refusal(mesh__data=-1, mesh__fsdp=3),
+        refusal(mesh__context=8, mesh__data=1),
+    ]
+    print(json.dumps({"meshes": {name: run(**axes) for name, axes in MESHES.items()}, "refused": refused}))

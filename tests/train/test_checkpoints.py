@@ -161,7 +161,7 @@ SHARDED = """
     from gptjax.train.run import state_sha256
 
     def shape(devices):
-        mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
+        mesh = make_mesh(MeshConfig(data=devices))
         split, whole = jax.NamedSharding(mesh, jax.P("data")), jax.NamedSharding(mesh, jax.P())
         place = lambda x: split if x.shape and x.shape[0] % 8 == 0 else whole
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), state)

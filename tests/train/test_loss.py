@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config import MeshConfig
+from gptjax.parallel.mesh import make_mesh
 from gptjax.train.loss import row_nll, softmax_cross_entropy
 
 B, T, D, V = 3, 7, 8, 11
@@ -101,7 +103,7 @@ def test_sharded_over_the_batch(data, eight_devices):
     _, head, _, _ = data
     rng = np.random.default_rng(1)
     hidden, targets = jnp.asarray(rng.normal(size=(8, T, D)), jnp.float32), jnp.asarray(rng.integers(0, V, (8, T)))
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = make_mesh(MeshConfig(data=8))
 
     def step(hidden, targets, head):
         loss = jax.value_and_grad(

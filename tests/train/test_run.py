@@ -340,7 +340,7 @@ def test_state_sha256_is_independent_of_sharding():
         from gptjax.train.run import state_sha256
         state = {"w": jnp.arange(64.0).reshape(16, 4), "half": jnp.arange(8, dtype=jnp.bfloat16)}
         state["key"] = jax.random.split(jax.random.key(1), 8)
-        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        mesh = make_mesh(MeshConfig(data=8))
         print(state_sha256(state))
         print(state_sha256(jax.device_put(state, jax.NamedSharding(mesh, jax.P("data")))))
         print(state_sha256(jax.device_put(state, jax.NamedSharding(mesh, jax.P()))))
