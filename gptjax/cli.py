@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         return 0
+    finally:
+        if argv is None:  # the process leaves now, all is on the disk: a late signal must not change its status
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # --- verbs: heavy imports wait until their arguments are known to be right ------------------------------------------------------
