@@ -75,6 +75,7 @@ REFUSED = {
     "choice": ({"optimizer.name": "adamv"}, "did you mean adamw?"),
     "accumulation": ({"train.accumulation_steps": 3, "data.batch_size": 16}, "train.accumulation_steps=3 does not divide"),
     "empty mesh": ({"mesh.data": 0}, "mesh.data=0"),
+    "two axes take the rest": ({"mesh.tensor": -1}, "mesh.data=-1 and mesh.tensor=-1: only one axis"),
     "wsd": ({"optimizer.schedule": "wsd"}, "optimizer.decay_steps"),
     "schedule-free": ({"optimizer.name": "schedule_free_adamw", "optimizer.beta1": 0.0}, "optimizer.beta1"),
     "weights not held": ({"model.attention": "blockwise", "model.attention_dropout": 0.1}, "model.attention=blockwise"),

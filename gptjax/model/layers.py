@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.model import primitives
-from gptjax.parallel.sharding import constrain
+from gptjax.parallel.sharding import constrain, spec
 
 ACTIVATIONS = {"gelu": primitives.gelu, "gelu_tanh": primitives.gelu_tanh, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
@@ -20,7 +20,11 @@ PROJECTED = "projected"  # the name of every projection's result, by which remat
 
 
 def parameter(module: nn.Module, name: str, initializer: Any, axes: tuple[str, ...], shape: tuple[int, ...], dtype: str) -> Any:
-    """A parameter whose dimensions carry logical axis names."""
+    """A parameter whose dimensions carry logical axis names.
+
+    Raises as `sharding.spec` does, naming the parameter: here, since the activations that it makes would fail first.
+    """
+    spec(*axes, array="parameter " + "/".join((*module.path, name)))
     return module.param(name, nn.with_logical_partitioning(initializer, axes), shape, jnp.dtype(dtype))
 
 
