@@ -52,7 +52,7 @@ def experts_64(c: ModelConfig, p: Any, x: np.ndarray, real: np.ndarray, may_drop
     y, chosen, probability = np.zeros_like(x), np.zeros(experts), np.zeros(experts)
     tokens = squared_z = dropped = 0.0
     for row in range(x.shape[0]):
-        places = {expert: 0 for expert in range(experts)}
+        places = dict.fromkeys(range(experts), 0)
         for t in range(x.shape[1]):
             if c.num_shared_experts:
                 y[row, t] += mlp_64(c, p["shared"], x[row, t])
