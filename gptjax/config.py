@@ -80,6 +80,20 @@ class ModelConfig:
     mlp_bias: bool = knob(True, "Biases in the MLP.")
     tied_embeddings: bool = knob(True, "The output head is the transposed token embedding.")
 
+    num_experts: int = knob(0, "Routed experts in place of each block's MLP; 0: a dense MLP.", at_least=0)
+    experts_per_token: int = knob(2, "Experts that each token goes to.", at_least=1)
+    expert_mlp_dim: int = knob(0, "Hidden width of one expert; 0: mlp_dim.", at_least=0)
+    num_shared_experts: int = knob(0, "Experts that every token goes to, beside its routed ones.", at_least=0)
+    expert_capacity_factor: float = knob(
+        0.0,
+        "Places an expert has in each row, over the even share seq_len * experts_per_token / num_experts; "
+        "what finds none is dropped; 0: dropless.",
+        at_least=0,
+    )
+    router_normalize_top_k: bool = knob(
+        True, "A token's weights on its experts sum to 1; otherwise they are their probabilities among all experts."
+    )
+
     embedding_dropout: float = knob(0.0, "Dropout rate on the embeddings.", at_least=0, below=1)
     attention_dropout: float = knob(0.0, "Dropout rate on the attention weights.", at_least=0, below=1)
     residual_dropout: float = knob(0.0, "Dropout rate on each sub-layer's output.", at_least=0, below=1)
@@ -153,6 +167,10 @@ class ObjectiveConfig:
     name: str = knob("causal", "Batch to inputs, targets and weights.", choices=("causal",))
     z_loss: float = knob(0.0, "Weight of the squared log-normaliser (PaLM uses 1e-4).", at_least=0)
     label_smoothing: float = knob(0.0, "Share of the target's probability spread over the vocabulary.", at_least=0, below=1)
+    router_balance_loss: float = knob(
+        0.0, "Weight of the experts' load-balancing loss, 1 where the load is even (Switch Transformer uses 0.01).", at_least=0
+    )
+    router_z_loss: float = knob(0.0, "Weight of the router's squared log-normaliser (ST-MoE uses 0.001).", at_least=0)
     loss_chunk: int = knob(0, "Positions whose logits are held at once in training; 0: chosen from the shapes.", at_least=0)
 
 
@@ -452,6 +470,8 @@ def _derive(config: Config) -> Config:
         head_dim=model.head_dim or model.model_dim // model.num_heads,
         mlp_dim=model.mlp_dim or 4 * model.model_dim,
     )
+    if model.num_experts:
+        model = dataclasses.replace(model, expert_mlp_dim=model.expert_mlp_dim or model.mlp_dim)
     return dataclasses.replace(config, model=model)
 
 
@@ -459,6 +479,7 @@ def underived(config: Config) -> Config:
     """The config with sizes that follow from others set back to 0, so that they follow again when those are overridden."""
     model = config.model
     own = {"num_kv_heads": model.num_heads, "head_dim": model.model_dim // model.num_heads, "mlp_dim": 4 * model.model_dim}
+    own["expert_mlp_dim"] = model.mlp_dim
     follow: dict[str, Any] = {name: 0 for name, size in own.items() if getattr(model, name) == size}
     return dataclasses.replace(config, model=dataclasses.replace(model, **follow))
 
@@ -483,9 +504,30 @@ def _check(config: Config) -> None:
             f"model.attention={model.attention} never holds the attention weights, so model.attention_dropout must be 0 with it; "
             "model.attention=dense can drop them."
         )
+    _check_experts(config)
     _check_mesh(config.mesh)
     _check_durations(config)
     _check_source(data)
+
+
+def _check_experts(config: Config) -> None:
+    model, objective = config.model, config.objective
+    if not model.num_experts:
+        idle = {
+            f"model.{name}": getattr(model, name) for name in ("expert_mlp_dim", "num_shared_experts", "expert_capacity_factor")
+        }
+        idle |= {f"objective.{name}": getattr(objective, name) for name in ("router_balance_loss", "router_z_loss")}
+        for key, value in idle.items():
+            if value:
+                raise UserError(f"{key}={value} is for a mixture of experts, but model.num_experts=0; set one of them.")
+        return
+    if model.experts_per_token > model.num_experts:
+        raise UserError(f"model.experts_per_token={model.experts_per_token} is more than model.num_experts={model.num_experts}.")
+    if model.experts_per_token == 1 and model.router_normalize_top_k:
+        raise UserError(
+            "model.router_normalize_top_k=True makes every weight 1 with model.experts_per_token=1, from which the router learns "
+            "nothing; set it to False."
+        )
 
 
 def _check_mesh(mesh: MeshConfig) -> None:

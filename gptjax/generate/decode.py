@@ -182,9 +182,10 @@ def _forward(
     params: Any, config: ModelConfig, tokens_BT: jax.Array, positions_BT: jax.Array, wanted_B: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """(logits [B, V] at index `wanted_B` of each row, the cache with the tokens written in)."""
-    hidden_BTD, cache = decoder.Decoder(config).apply(  # type: ignore[assignment]
+    found: Any = decoder.Decoder(config).apply(
         {"params": params}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden
     )
+    hidden_BTD, cache, _ = found
     hidden_B1D = jnp.take_along_axis(hidden_BTD, wanted_B[:, None, None], axis=1)
     return decoder.logits(hidden_B1D, decoder.output_table(params, config), config)[:, 0], cache
 

@@ -21,6 +21,7 @@ from flax import linen as nn
 from gptjax.config import ModelConfig
 from gptjax.model import primitives
 from gptjax.model.attention import Attention, Cache
+from gptjax.model.experts import ROUTED, ExpertMLP, RouterStats
 from gptjax.model.layers import MLP, PROJECTED, Norm, parameter
 from gptjax.model.positions import rotary_angles
 from gptjax.parallel.sharding import constrain
@@ -28,20 +29,20 @@ from gptjax.parallel.sharding import constrain
 # What the backward pass may keep; everything else is computed again.
 # "dots" keeps what projections give, by name: products inside a hand-written derivative are hidden from JAX's own policies.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED, ROUTED),
+    "full": jax.checkpoint_policies.save_only_these_names(ROUTED),
 }
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), or experts in place of the mlp."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, shared: tuple[Any, ...], layer: jax.Array, cache: Cache | None
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, tuple[Cache | None, RouterStats | None]]:
         c = self.config
         positions_BT, angles, segment_ids_BT, dropout_keys = shared
         attention_keys = residual_keys = mlp_keys = None
@@ -53,8 +54,14 @@ class Block(nn.Module):
         y_BTD, cache = Attention(c, name="attention")(y_BTD, positions_BT, angles, segment_ids_BT, attention_keys, cache)
         x_BTD = x_BTD + primitives.dropout(y_BTD, c.residual_dropout, residual_keys)
 
-        y_BTD = MLP(c, name="mlp")(Norm(c, name="mlp_norm")(x_BTD))
-        return x_BTD + primitives.dropout(y_BTD, c.residual_dropout, mlp_keys), cache
+        y_BTD, stats = Norm(c, name="mlp_norm")(x_BTD), None
+        if c.num_experts:
+            is_token_BT = None if segment_ids_BT is None else segment_ids_BT > 0
+            # A token that is generated has no row to share places with, so none is dropped.
+            y_BTD, stats = ExpertMLP(c, name="experts")(y_BTD, is_token_BT, may_drop=cache is None)
+        else:
+            y_BTD = MLP(c, name="mlp")(y_BTD)
+        return x_BTD + primitives.dropout(y_BTD, c.residual_dropout, mlp_keys), (cache, stats)
 
 
 class Embedding(nn.Module):
@@ -119,8 +126,9 @@ class Decoder(nn.Module):
         segment_ids_BT: jax.Array | None = None,
         dropout_keys: Any = None,
         cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """The normed output of the last block, [B, T, D], and the cache with these tokens written in.
+    ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
+        """The normed output of the last block, [B, T, D], the cache with these tokens written in, and what the routers of all
+        layers did (None: no experts).
 
         `segment_ids_BT`: tokens see only their own segment (packed documents). `dropout_keys`: one a row; None: no dropout.
         With a cache, token t stands at `positions_BT[:, t]` and sees all positions up to its own; without, it sees the row up
@@ -134,12 +142,12 @@ class Decoder(nn.Module):
             x_BTD = primitives.dropout(x_BTD, c.embedding_dropout, primitives.fold_in(dropout_keys, 0))
         angles = rotary_angles(positions_BT, c.head_dim, c.rope_base) if c.position == "rotary" else None
         shared = (positions_BT, angles, segment_ids_BT, dropout_keys)
-        x_BTD, cache = self.layers(x_BTD, shared, jnp.arange(c.num_layers), cache)
-        return self.final_norm(x_BTD), cache
+        x_BTD, (cache, stats) = self.layers(x_BTD, shared, jnp.arange(c.num_layers), cache)
+        return self.final_norm(x_BTD), cache, stats
 
     def __call__(self, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, Cache | None]:
         """(logits [B, T, V] in float32, cache); arguments as `hidden`."""
-        hidden_BTD, cache = self.hidden(tokens_BT, *args, **kwargs)
+        hidden_BTD, cache, _ = self.hidden(tokens_BT, *args, **kwargs)
         table = self.embed.tokens if self.config.tied_embeddings else self.head
         return logits(hidden_BTD, table, self.config), cache
 

@@ -69,9 +69,15 @@ def check_divides(config: Config, mesh: Any) -> None:
         ("data.seq_len", data.seq_len, "mesh.context", mesh.shape["context"]),
         ("model.num_heads", model.num_heads, "mesh.tensor", tensor),
         ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", tensor),
-        ("model.mlp_dim", model.mlp_dim, "mesh.tensor", tensor),
+        ("model.mlp_dim", 0 if model.num_experts else model.mlp_dim, "mesh.tensor", tensor),
+        ("model.expert_mlp_dim", model.expert_mlp_dim, "mesh.tensor", tensor),
+        ("model.num_experts", model.num_experts, "mesh.expert", mesh.shape["expert"]),
         ("model.num_layers", model.num_layers, "mesh.stage", mesh.shape["stage"]),
     ]
+    if mesh.shape["expert"] > 1 and not model.num_experts:
+        raise UserError(
+            f"mesh.expert={mesh.shape['expert']}, but the model has no experts; set model.num_experts or mesh.expert=1."
+        )
     for key, number, axes, size in needs:
         if number % size:
             raise UserError(f"{key}={number} does not divide over {axes}={size}; change one of them.")

@@ -30,10 +30,13 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "lookup_width": ("tensor",),
+    "expert_batch": ("data", "fsdp"),  # of rows that have gone to their experts: what "experts" leaves of "batch"
     # parameters
     "layers": ("stage",),
     "positions": (),
     "embed": ("fsdp",),
+    "experts": ("expert",),
+    "router": (),
     # Embedding and head: stored in parts of their width, since vocabularies (GPT-2's 50,257) seldom divide; "vocab" is how
     # logits lie, which need not divide.
     "table_rows": (),

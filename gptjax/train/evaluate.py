@@ -27,7 +27,7 @@ def _sums(config: Config, params: Any, token_bytes: jax.Array, batch: dict[str, 
     """(nats, targets, UTF-8 bytes of the targets), each [B] in float32: a row's sum does not depend on the rows beside it."""
     example = OBJECTIVES[config.objective.name](batch)
     nats = row_nll(
-        hidden_states(config, params, example),
+        hidden_states(config, params, example)[0],
         output_table(params, config.model),
         example.targets,
         example.weights,

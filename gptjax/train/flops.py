@@ -6,7 +6,8 @@ ones:
     flops a token = 6 * P + 12 * L * T * N * H
 
 P is the number of weights that take part in a matrix product: projections, MLPs and the head, also where it shares the token
-embedding; looking an embedding up costs nothing. A weight is one multiply and one add forward (2) and twice that backward (6).
+embedding; looking an embedding up costs nothing. Of routed experts it counts as many as a token goes to, dropped or not. A weight
+is one multiply and one add forward (2) and twice that backward (6).
 Attention adds scores and weighted values, 2 * T * N * H each forward, so 12 * T * N * H with the backward pass in each of L
 layers. The T x T square is counted whole although a causal mask needs half of it: that is the convention. What a backend skips
 or recomputes (remat, masked blocks) is not counted, and neither are norms, softmax and activations.
@@ -48,7 +49,11 @@ def matmul_parameters(model: ModelConfig) -> int:
         raise ValueError(f"model.{' and model.'.join(unsettled)} must be settled before parameters are counted.")
     width = model.model_dim
     attention = 2 * width * model.num_heads * model.head_dim + 2 * width * model.num_kv_heads * model.head_dim
-    mlp = (3 if model.gated_mlp else 2) * width * model.mlp_dim
+    matrices = 3 if model.gated_mlp else 2
+    mlp = matrices * width * model.mlp_dim
+    if model.num_experts:
+        active = model.experts_per_token + model.num_shared_experts
+        mlp = matrices * width * model.expert_mlp_dim * active + width * model.num_experts
     return model.num_layers * (attention + mlp) + width * model.vocab_size
 
 

@@ -6,6 +6,8 @@ A row is a flat dict. The names that others read:
     train/loss, eval/loss  nats a token
     tokens_per_second      over a moving window, compilation and evaluation left out
     learning_rate, gradient_norm, mfu, ...
+    moe/load_balance       1 where the experts' load is even; moe/router_z, moe/busiest: see model/experts.py
+    moe/dropped            (token, expert) choices of all layers that found no place; moe/dropped_fraction: of all choices
 """
 
 from __future__ import annotations

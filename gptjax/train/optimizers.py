@@ -99,14 +99,22 @@ def _lion(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransf
     return optax.lion(rate, c.beta1, c.beta2, weight_decay=c.weight_decay, mask=mask)
 
 
-# How many axes of a block's kernel, after the layer axis, are inputs.
-_INPUT_AXES = {"output": 2, "query": 1, "key": 1, "value": 1, "up": 1, "gate": 1, "down": 1}
+# How many axes of a block's kernel, after the stacked ones, are inputs.
+_INPUT_AXES = {"output": 2, "query": 1, "key": 1, "value": 1, "up": 1, "gate": 1, "down": 1, "router": 1}
 
 
 def _num_input_axes(path: tuple[Any, ...]) -> int | None:
-    """Of a kernel of the blocks, [L, *in, *out]; None for any other parameter."""
+    """Of a kernel of the blocks, [L, *in, *out] or [L, E, in, out]; None for any other parameter."""
     names = parameter_path(path).split("/")
     return _INPUT_AXES[names[-2]] if names[0] == "layers" and names[-1] == "kernel" else None
+
+
+def _num_stacked_axes(path: tuple[Any, ...]) -> int:
+    """How many leading axes count matrices: layers, and experts."""
+    names = parameter_path(path).split("/")
+    if names[0] != "layers":
+        return 0
+    return 2 if names[1] == "experts" and names[2] in ("up", "gate", "down") else 1
 
 
 def _adafactor(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransformation:
@@ -121,10 +129,10 @@ def _adafactor(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientT
 
 
 def _clip_rms(updates: Any) -> Any:
-    """Each parameter's update, and each layer's of a stacked one, scaled down to a root mean square of at most 1."""
+    """Each parameter's update, and each layer's and expert's of a stacked one, scaled down to a root mean square of at most 1."""
 
     def clip(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        own_axes = tuple(range(1 if parameter_path(path).startswith("layers/") else 0, update.ndim))
+        own_axes = tuple(range(_num_stacked_axes(path), update.ndim))
         rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=own_axes, keepdims=True))
         return update / jnp.maximum(rms, 1.0)
 
@@ -132,14 +140,18 @@ def _clip_rms(updates: Any) -> Any:
 
 
 def _on_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, seeing each kernel of the blocks as [L, inputs, outputs]: heads [N, H] are one axis, long enough to factor."""
+    """`inner`, seeing each kernel of the blocks as [L, inputs, outputs], experts' as [L, E, inputs, outputs]: heads [N, H] are
+    one axis, long enough to factor.
+    """
 
     def as_matrices(tree: Any) -> Any:
         def reshape(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
             inputs = _num_input_axes(path)
             if inputs is None:
                 return leaf
-            return leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1 : 1 + inputs]), math.prod(leaf.shape[1 + inputs :]))
+            stacked = _num_stacked_axes(path)
+            outputs = stacked + inputs
+            return leaf.reshape(*leaf.shape[:stacked], math.prod(leaf.shape[stacked:outputs]), math.prod(leaf.shape[outputs:]))
 
         return jax.tree_util.tree_map_with_path(reshape, tree)
 
@@ -158,15 +170,16 @@ def _sgd(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransfo
 def _muon_dimensions(params: Any) -> Any:
     """For each kernel of the blocks, [L, *in, *out], its input and output axes; None for what is no matrix of a block.
 
-    The layer axis is in neither, so that Muon takes it as a batch of matrices.
+    The axes of layers and experts are in neither, so that Muon takes them as a batch of matrices.
     """
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> Any:
         inputs = _num_input_axes(path)
         if inputs is None:
             return None
-        first_output = 1 + inputs
-        return optax.contrib.MuonDimensionNumbers(tuple(range(1, first_output)), tuple(range(first_output, leaf.ndim)))
+        first_input = _num_stacked_axes(path)
+        first_output = first_input + inputs
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first_input, first_output)), tuple(range(first_output, leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 

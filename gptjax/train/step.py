@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from gptjax.config import Config
 from gptjax.model import primitives
 from gptjax.model.decoder import Decoder, output_table
+from gptjax.model.experts import RouterStats, router_losses
 from gptjax.parallel.sharding import batch_sharding, laid_over, parameter_shardings, replicated, use_rules
 from gptjax.train.loss import softmax_cross_entropy
 from gptjax.train.objectives import OBJECTIVES, Example
@@ -101,9 +102,13 @@ def abstract_state(config: Config, lengths: Lengths, mesh: Mesh) -> TrainState:
     )
 
 
-def hidden_states(config: Config, params: Any, example: Example, dropout_keys: Any = None) -> jax.Array:
-    """[B, T, D] in training and evaluation alike; packed rows see only their own segment, windows have one."""
-    hidden_BTD, _ = Decoder(config.model).apply(
+def hidden_states(
+    config: Config, params: Any, example: Example, dropout_keys: Any = None
+) -> tuple[jax.Array, RouterStats | None]:
+    """([B, T, D], what the routers did) in training and evaluation alike; packed rows see only their own segment, windows have
+    one.
+    """
+    found: Any = Decoder(config.model).apply(
         {"params": params},
         example.inputs,
         example.positions,
@@ -111,13 +116,15 @@ def hidden_states(config: Config, params: Any, example: Example, dropout_keys: A
         dropout_keys=dropout_keys,
         method=Decoder.hidden,
     )
-    return hidden_BTD
+    hidden_BTD, _, stats = found
+    return hidden_BTD, stats
 
 
 def example_loss(config: Config, params: Any, example: Example, dropout_keys: Any) -> tuple[jax.Array, Metrics]:
     """(sum of the weighted losses, its parts) of one micro-batch."""
-    return softmax_cross_entropy(
-        hidden_states(config, params, example, dropout_keys),
+    hidden_BTD, stats = hidden_states(config, params, example, dropout_keys)
+    loss_sum, parts = softmax_cross_entropy(
+        hidden_BTD,
         output_table(params, config.model),
         example.targets,
         example.weights,
@@ -127,6 +134,36 @@ def example_loss(config: Config, params: Any, example: Example, dropout_keys: An
         chunk=config.objective.loss_chunk,
         dtype=jnp.dtype(config.model.dtype),
     )
+    if stats is None:
+        return loss_sum, parts
+    router_loss_sum, router_parts = _router_sums(config, stats, parts["weight_sum"])
+    return loss_sum + router_loss_sum, parts | router_parts
+
+
+def _router_sums(config: Config, stats: RouterStats, weight_sum: jax.Array) -> tuple[jax.Array, Metrics]:
+    """(the routers' losses times the micro-batch's weight, their parts likewise and the choices that were made and dropped).
+
+    The division by the weights of all micro-batches then leaves the mean of their losses, each by its targets. Shares and mean
+    probabilities are over the tokens of one micro-batch on all devices: the load-balancing loss, alone of all, depends on
+    train.accumulation_steps, and nothing depends on the mesh.
+    """
+    losses = router_losses(stats)
+    objective = config.objective
+    loss = objective.router_balance_loss * losses["load_balance"] + objective.router_z_loss * losses["router_z"]
+    sums = {f"moe/{name}": weight_sum * value for name, value in losses.items()}
+    return weight_sum * loss, sums | {"moe/choices": stats.chosen_E.sum(), "moe/dropped": stats.dropped.sum()}
+
+
+def _router_metrics(sums: Metrics, weight: jax.Array) -> Metrics:
+    """The step's `moe/` metrics; none for a dense model."""
+    moe = {name: value for name, value in sums.items() if name.startswith("moe/")}
+    if not moe:
+        return {}
+    choices, dropped = moe.pop("moe/choices"), moe.pop("moe/dropped")
+    return {name: value / weight for name, value in moe.items()} | {
+        "moe/dropped": dropped,
+        "moe/dropped_fraction": dropped / jnp.maximum(choices, 1.0),
+    }
 
 
 def _dropout_keys(config: Config, seed: jax.Array, step: jax.Array) -> Any:
@@ -200,7 +237,7 @@ def _step(config: Config, lengths: Lengths, state: TrainState, batch: Batch) -> 
         "learning_rate": jnp.asarray(schedule(updates_so_far), jnp.float32),
         "nonfinite_steps": new_state.nonfinite_steps,
         "nonfinite_streak": new_state.nonfinite_streak,
-    }
+    } | _router_metrics(sums, weight)
     return new_state, metrics
 
 

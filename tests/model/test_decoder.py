@@ -283,7 +283,7 @@ def test_scan_equals_a_loop_over_blocks(kind: str) -> None:
     config = small(KINDS[kind], model__num_layers=3)
     model, params = config.model, random_params(config)
     example = causal(random_batch(config, rows=3))
-    scanned, _ = Decoder(model).apply(
+    scanned, _, _ = Decoder(model).apply(
         {"params": params}, example.inputs, example.positions, segment_ids_BT=example.segment_ids, method=Decoder.hidden
     )
     x = params["embed"]["tokens"][example.inputs]
