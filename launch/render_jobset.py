@@ -17,7 +17,6 @@ import math
 import pathlib
 import re
 import shlex
-import string
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,7 +43,7 @@ class Tpu:
 
 
 # GKE, "Plan TPUs": ct4p-hightpu-4t, ct5p-hightpu-4t, ct5lp-hightpu-{1,4,8}t, ct6e-standard-{1,4,8}t, tpu7x-standard-{1,4}t.
-# A machine has four chips; one-chip slices have a machine of one, and 2x4 of v5e and v6e comes as two machines or as one of eight.
+# A machine has four chips; a slice of one chip is a machine of its own, and 2x4 comes as two machines or as one of eight.
 SMALL_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 SLICES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 TPUS = {
@@ -126,7 +125,9 @@ def gpu_hardware(gpu: str | None, gpus_per_node: int, nodes: int) -> Hardware:
     selector = {}
     if gpu is not None:
         if gpu not in GPUS:
-            raise Mistake(f"--gpu={gpu}: there is no such GPU; the nearest is '{nearest(gpu, list(GPUS))}' (of {', '.join(GPUS)}).")
+            raise Mistake(
+                f"--gpu={gpu}: there is no such GPU; the nearest is '{nearest(gpu, list(GPUS))}' (of {', '.join(GPUS)})."
+            )
         label, most = GPUS[gpu]
         if gpus_per_node > most:
             raise Mistake(f"--gpus-per-node={gpus_per_node}: a machine with {gpu} has at most {most}.")
@@ -173,7 +174,10 @@ def storage(workdir: str, volume: Sequence[str]) -> tuple[str, list[dict[str, An
             raise Mistake(f"--workdir={workdir}: it takes gs://BUCKET/FOLDER.")
         folder = f"/gcs/{path}"
         mounts.append({"name": "bucket", "mountPath": "/gcs"})
-        csi = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {"bucketName": bucket, "mountOptions": "implicit-dirs"}}
+        csi = {
+            "driver": "gcsfuse.csi.storage.gke.io",
+            "volumeAttributes": {"bucketName": bucket, "mountOptions": "implicit-dirs"},
+        }
         volumes.append({"name": "bucket", "csi": csi})
         annotations["gke-gcsfuse/volumes"] = "true"
     for number, item in enumerate(volume):
@@ -186,7 +190,10 @@ def storage(workdir: str, volume: Sequence[str]) -> tuple[str, list[dict[str, An
     twice = [path for path in [*kept, "/dev/shm"] if [*kept, "/dev/shm"].count(path) > 1]
     if twice:
         raise Mistake(f"two volumes are mounted at {twice[0]}.")
-    if not any(pathlib.PurePosixPath(folder).is_relative_to(path) for path in kept) or ".." in pathlib.PurePosixPath(folder).parts:
+    if (
+        not any(pathlib.PurePosixPath(folder).is_relative_to(path) for path in kept)
+        or ".." in pathlib.PurePosixPath(folder).parts
+    ):
         raise Mistake(
             f"--workdir={workdir}: a pod's own disk is lost when it restarts and seen by no other; give gs://BUCKET/FOLDER,"
             " or a folder under the path of a --volume=CLAIM:/PATH."
@@ -209,7 +216,9 @@ def labels(items: Sequence[str], option: str) -> dict[str, str]:
 def check_name(name: str, hardware: Hardware) -> None:
     """Raises `Mistake` where the name cannot be a host name, or makes one of more than 63 characters."""
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
-        raise Mistake(f"--name={name}: it takes small letters, digits and dashes, beginning with a letter and not ending with a dash.")
+        raise Mistake(
+            f"--name={name}: it takes small letters, digits and dashes, beginning with a letter and not ending with a dash."
+        )
     pod = f"{name}-{hardware.job}-{hardware.replicas - 1}-{hardware.hosts - 1}"
     if len(pod) + POD_SUFFIX > 63:
         most = len(name) - (len(pod) + POD_SUFFIX - 63)
@@ -354,7 +363,9 @@ def parser() -> Parser:
     made.add_argument("--image", required=True, help="a container image with gptjax in it")
     made.add_argument("--workdir", required=True, help="gs://BUCKET/FOLDER, or a folder under a --volume; passed to the command")
     made.add_argument("--topology", metavar="TPU:SHAPE", help=f"TPU slices, such as v5p:4x4x4; of {', '.join(TPUS)}")
-    made.add_argument("--num-slices", type=at_least(1), metavar="N", help="slices, joined over the data centre's network (default 1)")
+    made.add_argument(
+        "--num-slices", type=at_least(1), metavar="N", help="slices, joined over the data centre's network (default 1)"
+    )
     made.add_argument("--chips-per-host", type=at_least(1), metavar="N", help="8 for a 2x4 slice on one machine (default 4)")
     made.add_argument("--gpu", metavar="NAME", help=f"the nodes' GPU, of {', '.join(GPUS)} (default: any)")
     made.add_argument("--gpus-per-node", type=at_least(1), metavar="N", help="GPUs of each node")

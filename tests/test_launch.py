@@ -289,13 +289,21 @@ def pod(tmp_path):
     for host in (0, 1):
         (tmp_path / f"host{host}" / "gptjax" / ".venv" / "bin").mkdir(parents=True)
         (tmp_path / f"host{host}" / "gptjax" / ".venv" / "bin" / "activate").touch()
-    on_host = f'(cd {tmp_path}/host$i && USER=test{os.getpid()}.$i GPTJAX_PROCESS_ID=$i bash -c "$command") & ids+=($!)'
     stub(
         tmp_path / "bin",
         "gcloud",
-        f'echo "gcloud $*" >>{calls}; [ "$4" = ssh ] || exit 0; for word; do case $word in --command=*) command=${{word#*=}};; esac; done;'
-        f" ids=() status=0; for i in 0 1; do {on_host}; done;"
-        " for id in ${ids[@]}; do wait $id || { code=$?; [ $status != 0 ] || status=$code; }; done; exit $status",
+        f"""
+echo "gcloud $*" >>{calls}
+[ "$4" = ssh ] || exit 0
+for word; do case $word in --command=*) command=${{word#*=}} ;; esac; done
+ids=() status=0
+for i in 0 1; do
+  (cd {tmp_path}/host$i && USER=test{os.getpid()}.$i GPTJAX_PROCESS_ID=$i bash -c "$command") &
+  ids+=($!)
+done
+for id in "${{ids[@]}}"; do wait "$id" || {{ code=$?; [ $status != 0 ] || status=$code; }}; done
+exit $status
+""",
     )
     yield environment(tmp_path / "bin")
     for host in (0, 1):
@@ -309,9 +317,10 @@ def test_pod_dry_run():
     archive, copy, install, start = map(shlex.split, answer.stdout.splitlines())
     assert archive[:4] == ["git", "-C", str(LAUNCH.parent), "archive"]
     tail = ["--zone=us-east5-a", "--project=p", "--worker=all"]
-    assert copy[:5] == "gcloud compute tpus tpu-vm scp".split()
+    gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
+    assert copy[:5] == [*gcloud, "scp"]
     assert copy[6:] == ["my-pod:gptjax.tar.gz", *tail]
-    ssh = [*"gcloud compute tpus tpu-vm ssh my-pod".split(), *tail]
+    ssh = [*gcloud, "ssh", "my-pod", *tail]
     assert install[:-1] == start[:-1] == ssh
     assert "-e . 'jax[tpu]'" in install[-1]
     environment_and_command = shlex.split(start[-1].rpartition(" && exec env ")[2])
@@ -338,7 +347,9 @@ def test_pod_ends_what_was_left_running(pod, tmp_path):
 
 
 def test_pod_passes_signals_on(pod, tmp_path):
-    with subprocess.Popen([LAUNCH / "tpu_pod.sh", "my-pod", "--", *program(tmp_path)], env=pod, stdout=subprocess.DEVNULL) as launcher:
+    with subprocess.Popen(
+        [LAUNCH / "tpu_pod.sh", "my-pod", "--", *program(tmp_path)], env=pod, stdout=subprocess.DEVNULL
+    ) as launcher:
         wait_for(tmp_path, "start.*", 2)
         launcher.send_signal(signal.SIGINT)
         assert launcher.wait(timeout=20) == 130
