@@ -238,7 +238,7 @@ def test_slurm_dry_run_without_slurm():
 
 
 def test_slurm_joins_the_tasks(slurm, tmp_path):
-    slurm |= {"SLURM_ARRAY_TASK_ID": "3", "SLURM_CPUS_PER_TASK": "4"}
+    slurm |= {"SLURM_ARRAY_TASK_ID": "3", "SLURM_CPUS_PER_TASK": "4", "GPTJAX_DISTRIBUTED": "auto"}
     show = "import os, sys; print(sys.argv[1:], *(os.environ[k] for k in os.environ if k.startswith(('GPTJAX_', 'SRUN_'))))"
     command = [sys.executable, "-c", show, "--seed=%a"]
     answer = run("slurm.sbatch", "--", *command, env=slurm)
