@@ -29,10 +29,10 @@ signal.signal(signal.SIGINT, stop)
 print("started", *sys.argv[2:], flush=True)
 statuses = dict(word.split("=") for word in sys.argv[2:] if "=" in word)
 if rank in statuses:
+    while "together" in sys.argv[2:] and len(list(folder.glob(f"start.*.{starts}"))) < 2:
+        time.sleep(0.01)
+    time.sleep(f"late{rank}" in sys.argv[2:])
     ends = [int(status) for status in statuses[rank].split(",")]
-    if "together" in sys.argv[2:]:
-        while len(list(folder.glob(f"start.*.{starts}"))) < 2:
-            time.sleep(0.01)
     sys.exit(ends[min(starts, len(ends) - 1)])
 time.sleep(60)
 """
@@ -157,8 +157,7 @@ def test_local_restarts(tmp_path, ends, status, number):
 
 def test_local_lets_the_others_save(tmp_path):
     """A process that ended with 75 saved after a signal of its own, and the others are saving too: they are not told again."""
-    slow = 'if [ "$GPTJAX_PROCESS_ID" = 1 ]; then sleep 1; fi; exec "$@"'
-    answer = run("local.sh", "2", "--", "bash", "-c", slow, "slow", *program(tmp_path, "0=75", "1=75"))
+    answer = run("local.sh", "2", "--", *program(tmp_path, "0=75", "1=75", "late1", "together"))
     assert answer.returncode == 75
     assert not list(tmp_path.glob("stopped.*"))
 
@@ -166,11 +165,12 @@ def test_local_lets_the_others_save(tmp_path):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_local_passes_signals_on(tmp_path, number, status):
     with subprocess.Popen(
-        [LAUNCH / "local.sh", "--restarts=3", "2", "--", *program(tmp_path)], env=environment(), stdout=subprocess.DEVNULL
+        [LAUNCH / "local.sh", "--restarts=3", "2", "--", *program(tmp_path)], env=environment(), stderr=subprocess.PIPE, text=True
     ) as launcher:
         wait_for(tmp_path, "start.*", 2)
         launcher.send_signal(number)
         assert launcher.wait(timeout=20) == status
+        assert "restart" not in launcher.stderr.read()
     assert [(tmp_path / f"stopped.{rank}.0").read_text() for rank in (0, 1)] == [number.name] * 2
     assert starts(tmp_path, 0) == starts(tmp_path, 1) == 1  # it was asked to stop, so it does not start again
 
