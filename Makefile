@@ -36,7 +36,7 @@ format: .venv/installed-test
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find gptjax tests configs experiments -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find gptjax tests configs experiments launch -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 .venv/bin/python:
 	@if [ -z "$(PYTHON)" ]; then \
