@@ -37,6 +37,25 @@ def test_gpt2_and_llama_by_hand():
     assert flops.flops_per_token(LLAMA3_8B, 8192) == 6 * 7_504_658_432 + 12 * 32 * 8192 * 4096
 
 
+def test_experts_count_as_often_as_a_token_goes_to_them():
+    # Mixtral 8x7B has 12.9 B active parameters (Jiang et al., 2024), 131,072,000 of them in the input embedding:
+    # 32 * (2 * 4096^2 + 2 * 4096 * 1024 + 2 * 3 * 4096 * 14336 + 8 * 4096) + 4096 * 32000
+    mixtral = settled(
+        vocab_size=32000,
+        num_layers=32,
+        model_dim=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        mlp_dim=14336,
+        gated_mlp=True,
+        tied_embeddings=False,
+        num_experts=8,
+    )
+    assert flops.matmul_parameters(mixtral) == 12_748_587_008
+    shared = dataclasses.replace(mixtral, num_shared_experts=1, expert_mlp_dim=1000)
+    assert flops.matmul_parameters(shared) - flops.matmul_parameters(mixtral) == 32 * 3 * 4096 * (3 * 1000 - 2 * 14336)
+
+
 def xla_flops(model: config_lib.ModelConfig, seq_len: int) -> float:
     """XLA's count for one layer's and the head's products over one row, forward, written out with the whole T x T square."""
     t, d, n, h, k = seq_len, model.model_dim, model.num_heads, model.head_dim, model.num_kv_heads

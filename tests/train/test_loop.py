@@ -98,6 +98,16 @@ def test_the_folder_of_a_finished_run(undisturbed):
     assert not (workdir / "run.lock").exists()
 
 
+def test_a_mixture_of_experts_reports_its_routing(text_file, tmp_path):
+    experts = {"model__num_experts": 4, "model__expert_capacity_factor": 0.5, "objective__router_balance_loss": 0.01}
+    loop.train(tiny(text_file, train__duration_steps=2, evaluate__every_steps=0, optimizer__warmup_steps=0, **experts), tmp_path)
+    for row in read_metrics(tmp_path / "metrics.jsonl")[:2]:
+        # two layers, 4 rows of 16 tokens, 2 experts each; 4 of 8 places an expert on even shares
+        assert row["moe/dropped_fraction"] == row["moe/dropped"] / (2 * 4 * 16 * 2) >= 0.5
+        assert 0.9 < row["moe/load_balance"] < 4 and 0 < row["moe/router_z"] < 10 and 1 <= row["moe/busiest"] <= 2
+        assert abs(row["train/loss"] - row["train/nll"] - 0.01 * row["moe/load_balance"]) < 1e-5
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [1, 7])
 def test_a_stopped_run_goes_on_bit_for_bit(text_file, undisturbed, tmp_path, monkeypatch, number, step):

@@ -325,6 +325,32 @@ def test_schedule_free_evaluates_its_average() -> None:
     tree_equal(evaluation_params(c, whole.replace(ema_params={"head": jnp.zeros(2)})), {"head": jnp.zeros(2)})
 
 
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_each_expert_is_a_matrix_of_its_own(name: str) -> None:
+    """[L, E, in, out] and the router's [L, in, E]: each matrix is updated as if it stood alone."""
+    rng = np.random.default_rng(0)
+    shapes = {"up": (2, 3, 128, 130), "router": (2, 128, 3)}
+    config = small(optimizer__name=name)
+    optimizer = make_optimizer(config.optimizer, lambda n: 0.1)
+
+    def update(params: Any, gradients: Any) -> Any:
+        return optimizer.update(gradients, optimizer.init(params), params)[0]
+
+    def tree(arrays: dict[str, np.ndarray]) -> Any:
+        return {"layers": {"experts": {part: {"kernel": array} for part, array in arrays.items()}}}
+
+    params, gradients = ({part: rng.normal(size=shape).astype(np.float32) for part, shape in shapes.items()} for _ in range(2))
+    gradients["up"][0, 1] *= 9  # a norm over all experts would show
+    found = update(tree(params), tree(gradients))["layers"]["experts"]
+    for layer, expert in ((0, 1), (1, 2)):
+        alone = [{"layers": {"mlp": {"up": {"kernel": arrays["up"][layer, expert][None]}}}} for arrays in (params, gradients)]
+        expected = update(*alone)["layers"]["mlp"]["up"]["kernel"][0]
+        np.testing.assert_allclose(found["up"]["kernel"][layer, expert], expected, rtol=1e-3, atol=1e-5)
+    alone = [tree({"router": arrays["router"][1:]}) for arrays in (params, gradients)]
+    expected = update(*alone)["layers"]["experts"]["router"]["kernel"][0]
+    np.testing.assert_allclose(found["router"]["kernel"][1], expected, rtol=1e-3, atol=1e-5)
+
+
 def test_adafactor_factors_the_second_moments_of_heads_and_takes_each_layer_by_itself() -> None:
     """A query kernel [L, D, N, H] with N * H >= 128 keeps a row and a column a layer; its update is optax's on [D, N * H]."""
     layers, width, heads, head_dim = 2, 128, 4, 32
