@@ -150,11 +150,12 @@ class Decoder(nn.Module):
         c = self.config
         block = _block(c)(c, parent=None)
 
-        def layer(params: Any, x_bTD: jax.Array, shared: tuple[Any, ...], number: jax.Array) -> jax.Array:
-            return block.apply({"params": params}, x_bTD, shared, number, None)[0]
+        def layer(params: Any, x_bTD: jax.Array, shared: tuple[Any, ...], number: jax.Array) -> tuple[jax.Array, None]:
+            return block.apply({"params": params}, x_bTD, shared, number, None)[0], None
 
         micro_batches = num_micro_batches(mesh_config(), axis_size("stage"))
-        return pipelined(layer, self.variables["params"]["layers"], x_BTD, shared, micro_batches, c.scan_unroll or c.num_layers)
+        params = self.variables["params"]["layers"]
+        return pipelined(layer, params, x_BTD, shared, micro_batches, c.scan_unroll or c.num_layers)[0]
 
     def __call__(self, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, Cache | None]:
         """(logits [B, T, V] in float32, cache); arguments as `hidden`."""

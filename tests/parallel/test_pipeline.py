@@ -48,6 +48,12 @@ def test_each_device_holds_the_layers_of_its_stage(found: dict[str, Any]) -> Non
     assert [run["layers_per_device"] for _, run, _ in pairs(found)] == [1, 4, 2]
 
 
+def test_results_gradients_and_sums_are_those_of_a_loop(found: dict[str, Any]) -> None:
+    assert len(found["by hand"]) == 5
+    for name, apart in found["by hand"].items():
+        assert apart < 3e-6, f"{name}: {apart:.1e}"
+
+
 def test_losses_and_gradients_agree_with_dropout_and_packed_rows(found: dict[str, Any]) -> None:
     """NaN in idle slots would show here, as would another dropout mask or a row that lost its positions or segments."""
     for name, run, one in pairs(found):
