@@ -282,6 +282,12 @@ class MeshConfig:
     context: int = knob(1, "Parts of the sequence.", at_least=-1, shapes_run=False)
     expert: int = knob(1, "Parts of the experts, and of the batch.", at_least=-1, shapes_run=False)
     stage: int = knob(1, "Parts of the layers, as a pipeline.", at_least=-1, shapes_run=False)
+    micro_batches: int = knob(
+        0,
+        "stage above 1: parts of a batch that go through the pipeline one behind the other; 0: as many as stages.",
+        at_least=0,
+        shapes_run=False,
+    )
     rules: tuple[str, ...] = knob(
         (), "Logical names laid over other mesh axes than gptjax/parallel/sharding.py says: NAME=AXIS+AXIS.", shapes_run=False
     )
@@ -531,7 +537,7 @@ def _check_experts(config: Config) -> None:
 
 
 def _check_mesh(mesh: MeshConfig) -> None:
-    sizes = {f"mesh.{name}": size for name, size in to_dict(mesh).items() if name != "rules"}
+    sizes = {f"mesh.{name}": size for name, size in to_dict(mesh).items() if name not in ("rules", "micro_batches")}
     for key, size in sizes.items():
         if size == 0:
             raise UserError(f"{key}=0 must be -1 (what the other axes leave) or at least 1.")

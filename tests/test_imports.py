@@ -19,7 +19,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.runtime": (),
     "gptjax.data": ("gptjax.config", "gptjax.data"),
     "gptjax.parallel": ("gptjax.config", "gptjax.parallel"),
-    "gptjax.model": ("gptjax.config", "gptjax.parallel.sharding", "gptjax.model"),
+    "gptjax.model": ("gptjax.config", "gptjax.parallel.pipeline", "gptjax.parallel.sharding", "gptjax.model"),
     "gptjax.train.objectives": ("gptjax.config",),
     "gptjax.train.optimizers": ("gptjax.config",),
     "gptjax.train.state": ("gptjax.config",),

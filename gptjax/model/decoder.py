@@ -24,7 +24,8 @@ from gptjax.model.attention import Attention, Cache
 from gptjax.model.experts import ROUTED, ExpertMLP, RouterStats
 from gptjax.model.layers import MLP, PROJECTED, Norm, parameter
 from gptjax.model.positions import rotary_angles
-from gptjax.parallel.sharding import constrain
+from gptjax.parallel.pipeline import num_micro_batches, pipelined
+from gptjax.parallel.sharding import axis_size, constrain, mesh_config
 
 # What the backward pass may keep; everything else is computed again.
 # "dots" keeps what projections give, by name: products inside a hand-written derivative are hidden from JAX's own policies.
@@ -91,6 +92,15 @@ def _look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     return constrain(x_BTD, "batch", "length", "lookup_width")
 
 
+def _block(config: ModelConfig) -> type[Block]:
+    """Block, its backward pass computing again what the config says."""
+    if config.remat == "none":
+        return Block
+    # A loop keeps XLA from merging what is computed again with the first time; unrolled, or run once, it is no loop.
+    is_loop = config.scan_unroll == 1 and config.num_layers > 1
+    return nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=not is_loop)
+
+
 class Decoder(nn.Module):
     """Token ids to logits."""
 
@@ -98,14 +108,9 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        block = Block
-        if c.remat != "none":
-            # A loop keeps XLA from merging what is computed again with the first time; unrolled, or run once, it is no loop.
-            is_loop = c.scan_unroll == 1 and c.num_layers > 1
-            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not is_loop)
         self.embed = Embedding(c)
         self.layers = nn.scan(
-            block,
+            _block(c),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0),
@@ -142,8 +147,24 @@ class Decoder(nn.Module):
             x_BTD = primitives.dropout(x_BTD, c.embedding_dropout, primitives.fold_in(dropout_keys, 0))
         angles = rotary_angles(positions_BT, c.head_dim, c.rope_base) if c.position == "rotary" else None
         shared = (positions_BT, angles, segment_ids_BT, dropout_keys)
-        x_BTD, (cache, stats) = self.layers(x_BTD, shared, jnp.arange(c.num_layers), cache)
+        if axis_size("stage") > 1 and cache is None and not self.is_initializing():
+            x_BTD, stats = self._through_stages(x_BTD, shared)
+        else:
+            x_BTD, (cache, stats) = self.layers(x_BTD, shared, jnp.arange(c.num_layers), cache)
         return self.final_norm(x_BTD), cache, stats
+
+    def _through_stages(self, x_BTD: jax.Array, shared: tuple[Any, ...]) -> tuple[jax.Array, RouterStats | None]:
+        """`self.layers` as a pipeline, on the same parameters."""
+        c = self.config
+        block = _block(c)(c, parent=None)
+
+        def layer(params: Any, x_bTD: jax.Array, shared: tuple[Any, ...], number: jax.Array) -> tuple[jax.Array, Any]:
+            x_bTD, (_, stats) = block.apply({"params": params}, x_bTD, shared, number, None)
+            return x_bTD, stats
+
+        micro_batches = num_micro_batches(mesh_config(), axis_size("stage"))
+        params = self.variables["params"]["layers"]
+        return pipelined(layer, params, x_BTD, shared, micro_batches, c.scan_unroll or c.num_layers)
 
     def __call__(self, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, Cache | None]:
         """(logits [B, T, V] in float32, cache); arguments as `hidden`."""

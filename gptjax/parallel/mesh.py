@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from gptjax.config import Config, MeshConfig, UserError
+from gptjax.parallel.pipeline import num_micro_batches
 
 # Outermost first: neighbours along the last axis are the nearest devices, and tensor parallelism talks the most.
 AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
@@ -60,12 +61,14 @@ def check_divides(config: Config, mesh: Any) -> None:
     `AbstractMesh` of devices that are not here).
     """
     model, data = config.model, config.data
-    over_rows = "mesh.data * mesh.fsdp * mesh.expert"
+    micro_batches = num_micro_batches(config.mesh, mesh.shape["stage"])
+    over_rows = "mesh.data * mesh.fsdp * mesh.expert" + (" * mesh.micro_batches" if micro_batches > 1 else "")
+    row_parts = batch_shards(mesh) * micro_batches
     rows = data.batch_size // config.train.accumulation_steps
     tensor = mesh.shape["tensor"]
     needs = [
-        ("data.batch_size / train.accumulation_steps", rows, over_rows, batch_shards(mesh)),
-        ("evaluate.batch_size", config.evaluate.batch_size or rows, over_rows, batch_shards(mesh)),
+        ("data.batch_size / train.accumulation_steps", rows, over_rows, row_parts),
+        ("evaluate.batch_size", config.evaluate.batch_size or rows, over_rows, row_parts),
         ("data.seq_len", data.seq_len, "mesh.context", mesh.shape["context"]),
         ("model.num_heads", model.num_heads, "mesh.tensor", tensor),
         ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", tensor),

@@ -23,6 +23,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
+    "stages": ("stage",),
     # parameters and activations
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -44,6 +45,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 
 _rules: Mapping[str, tuple[str, ...]] = RULES
+_mesh_config = MeshConfig()
 
 
 def rules_of(config: MeshConfig) -> Mapping[str, tuple[str, ...]]:
@@ -76,12 +78,13 @@ def _known(what: str, name: str, known: Any, rule: str) -> None:
 @contextlib.contextmanager
 def use_rules(config: MeshConfig) -> Iterator[None]:
     """What is traced inside is laid out by the rules of this config."""
-    global _rules
-    before, _rules = _rules, rules_of(config)
+    global _rules, _mesh_config
+    before = _rules, _mesh_config
+    _rules, _mesh_config = rules_of(config), config
     try:
         yield
     finally:
-        _rules = before
+        _rules, _mesh_config = before
 
 
 @contextlib.contextmanager
@@ -175,6 +178,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays [B, ...] of a batch."""
     return NamedSharding(mesh, spec("batch"))
+
+
+def mesh_config() -> MeshConfig:
+    """That of the `use_rules` or `laid_over` around; all defaults where there is none."""
+    return _mesh_config
+
+
+def axis_size(axis: str) -> int:
+    """Parts along one axis of the mesh that is set; 1 where none is."""
+    return int(jax.sharding.get_abstract_mesh().shape.get(axis, 1))
 
 
 def mesh_size() -> int:
