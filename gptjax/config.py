@@ -113,7 +113,52 @@ class ModelConfig:
         choices=("none", "dots", "full"),
     )
     scan_unroll: int = knob(1, "Layers in one iteration of the scan over layers; 0: all of them.", at_least=0)
-    attention: str = knob("auto", "Attention backend; auto chooses by platform.", choices=("auto", "dense", "blockwise", "cudnn"))
+    attention: str = knob(
+        "auto",
+        "Attention backend; auto takes the platform's first that can do what is asked.",
+        choices=("auto", "dense", "blockwise", "xla", "cudnn", "splash"),
+    )
+    attention_window: int = knob(0, "Latest tokens that a query sees, its own included; 0: all.", at_least=0)
+    attention_softcap: float = knob(0.0, "Scores become cap * tanh(score / cap), as in Gemma 2; 0: off.", at_least=0)
+
+
+# What each attention backend can do besides causal attention over packed segments with grouped heads. "context": over a sequence
+# that mesh.context shares out.
+ATTENTION_CAPABILITIES: dict[str, frozenset[str]] = {
+    "dense": frozenset({"attention_dropout", "attention_window", "attention_softcap"}),
+    "blockwise": frozenset({"attention_dropout", "attention_window", "attention_softcap", "context"}),
+    "xla": frozenset({"attention_window"}),
+    "cudnn": frozenset({"attention_window"}),
+    "splash": frozenset({"attention_window", "attention_softcap", "context"}),
+}
+
+
+def attention_refusal(model: ModelConfig, backend: str, seq_len: int, context: int = 1) -> str:
+    """Why `backend` cannot do what `model` asks of it, in one sentence that names a backend which can; "" where it can.
+
+    `context`: parts that the sequence is cut into.
+    """
+    wanted = {name: getattr(model, name) for name in ("attention_dropout", "attention_window", "attention_softcap")}
+    needs = [(name, f"model.{name}={value}") for name, value in wanted.items() if value]
+    needs += [("context", f"mesh.context={context}")] if context > 1 else []
+    for name, key in needs:
+        if name not in ATTENTION_CAPABILITIES[backend]:
+            able = [other for other, abilities in ATTENTION_CAPABILITIES.items() if name in abilities]
+            return f"model.attention={backend} cannot do {key}; {' and '.join(able)} can."
+    if backend == "cudnn":
+        if model.dtype != "bfloat16":
+            return f"model.attention=cudnn needs model.dtype=bfloat16, not {model.dtype}; model.attention=dense takes both."
+        if model.head_dim % 8 or model.head_dim > 128:
+            return f"model.attention=cudnn needs a model.head_dim of 8, 16, ..., 128, not {model.head_dim}; dense takes any."
+        if seq_len % 2:
+            return f"model.attention=cudnn needs an even data.seq_len, not {seq_len}; dense takes any."
+    if backend == "splash":
+        if model.head_dim % 64:
+            return f"model.attention=splash needs a model.head_dim that 64 divides, not {model.head_dim}; dense takes any."
+        if seq_len % (128 * context):
+            over = f"128 * mesh.context={128 * context}" if context > 1 else "128"
+            return f"model.attention=splash needs a data.seq_len that {over} divides, not {seq_len}; blockwise takes others."
+    return ""
 
 
 @dataclass(frozen=True)
@@ -505,11 +550,8 @@ def _check(config: Config) -> None:
         raise UserError(
             f"train.accumulation_steps={config.train.accumulation_steps} does not divide data.batch_size={data.batch_size}."
         )
-    if model.attention_dropout and model.attention not in ("auto", "dense"):
-        raise UserError(
-            f"model.attention={model.attention} never holds the attention weights, so model.attention_dropout must be 0 with it; "
-            "model.attention=dense can drop them."
-        )
+    if model.attention != "auto" and (refusal := attention_refusal(model, model.attention, data.seq_len)):
+        raise UserError(refusal)
     _check_experts(config)
     _check_mesh(config.mesh)
     _check_durations(config)

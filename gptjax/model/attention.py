@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, UserError, attention_refusal
 from gptjax.model import primitives
 from gptjax.model.blockwise import blockwise_attention
+from gptjax.model.context import Shared, context_attention
 from gptjax.model.layers import Projection
 from gptjax.model.positions import rotate
+from gptjax.model.splash import splash_attention, splash_context_attention
+from gptjax.parallel.sharding import spec
 
 
 @struct.dataclass
@@ -41,10 +46,15 @@ class Cache:
         )
 
 
-def causal_mask(length: int, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """[B or 1, T, T], True where query t may see key s: not later, and in the same segment."""
+def visible(before: jax.Array, window: int) -> jax.Array:
+    """Whether a query may see a key that stands `before` places before it: none later, and of the latest `window` (0: all)."""
+    return (before >= 0) & (before < window) if window else before >= 0
+
+
+def causal_mask(length: int, segment_ids_BT: jax.Array | None, window: int = 0) -> jax.Array:
+    """[B or 1, T, T], True where query t may see key s: not later, in the window (0: none), and in the same segment."""
     order_T = jnp.arange(length)
-    mask_1TS = (order_T[:, None] >= order_T[None, :])[None]
+    mask_1TS = visible(order_T[:, None] - order_T[None, :], window)[None]
     if segment_ids_BT is None:
         return mask_1TS
     return mask_1TS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
@@ -57,15 +67,18 @@ def masked_attention(
     mask_BTS: jax.Array,
     dropout_rate: float = 0.0,
     dropout_keys: Any = None,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """Scaled dot-product attention, [B, T, N, H], with the whole score matrix held; softmax in float32.
 
-    Query heads share K key heads.
+    Query heads share K key heads. `softcap`: scores s become softcap * tanh(s / softcap) (Gemma 2); 0: they stay.
     """
     batch, length, heads, width = q_BTNH.shape
     groups = heads // k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(batch, length, -1, groups, width)
     scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * width**-0.5
+    if softcap:
+        scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
     # A finite floor: exp(floor - max) is exactly 0, so a masked key changes no bit of the result.
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
@@ -74,30 +87,148 @@ def masked_attention(
     return out_BTKGH.reshape(batch, length, heads, width)
 
 
-def _dense(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, segment_ids_BT: Any, dropout_rate: float, dropout_keys: Any) -> jax.Array:
-    mask_BTS = causal_mask(q_BTNH.shape[1], segment_ids_BT)
-    return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout_rate, dropout_keys)
+# --- backends --------------------------------------------------------------------------------
 
 
-def _blockwise(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, segment_ids_BT: Any, dropout_rate: float, dropout_keys: Any) -> jax.Array:
-    options = {"dropout_rate": dropout_rate, "dropout_keys": dropout_keys}
-    return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=segment_ids_BT, **options)
+class Call(NamedTuple):
+    """What a backend is asked for: causal attention of q_BTNH over k_BTKH and v_BTKH."""
+
+    config: ModelConfig
+    segment_ids_BT: jax.Array | None  # None: one segment a row
+    dropout_keys: jax.Array | None  # [B, 2]; None: no dropout
+    first_head: Any = 0  # number of the first query head here, where a device has some of them
+
+    @property
+    def drops(self) -> dict[str, Any]:
+        return {"dropout_rate": self.config.attention_dropout, "dropout_keys": self.dropout_keys}
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        return {"window": self.config.attention_window, "softcap": self.config.attention_softcap}
 
 
-def _cudnn(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, segment_ids_BT: Any, dropout_rate: float, dropout_keys: Any) -> jax.Array:
-    mask = None if segment_ids_BT is None else causal_mask(q_BTNH.shape[1], segment_ids_BT)[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, is_causal=True, implementation="cudnn")
+def _dense(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, call: Call) -> jax.Array:
+    mask_BTS = causal_mask(q_BTNH.shape[1], call.segment_ids_BT, call.config.attention_window)
+    return masked_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTS, **call.drops, softcap=call.config.attention_softcap)
 
 
-# Each takes (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT or None, dropout_rate, dropout_keys or None) and is causal.
-ATTENTION_BACKENDS = {"dense": _dense, "blockwise": _blockwise, "cudnn": _cudnn}
+def _blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, call: Call) -> jax.Array:
+    return blockwise_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=call.segment_ids_BT, **call.drops, **call.scores)
 
 
-def choose_backend(config: ModelConfig) -> str:
-    """The backend that `model.attention=auto` stands for. On accelerators, XLA fuses the dense form better."""
+def _library(implementation: Any, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, call: Call) -> jax.Array:
+    """`jax.nn.dot_product_attention`, which knows of segments only through a mask."""
+    window = call.config.attention_window
+    mask = None if call.segment_ids_BT is None else causal_mask(q_BTNH.shape[1], call.segment_ids_BT, window)[:, None]
+    local = (window - 1, 0) if window else None
+    how = {"is_causal": True, "local_window_size": local, "implementation": implementation}
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, **how)
+
+
+def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, call: Call) -> jax.Array:
+    return splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=call.segment_ids_BT, **call.scores)
+
+
+def _blockwise_shared(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, shared: Shared, call: Call) -> jax.Array:
+    options = {**call.drops, **call.scores, "first_head": call.first_head}
+    return context_attention(q_BTNH, k_BTKH, v_BTKH, shared, segment_ids_BT=call.segment_ids_BT, **options)
+
+
+def _splash_shared(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, shared: Shared, call: Call) -> jax.Array:
+    return splash_context_attention(q_BTNH, k_BTKH, v_BTKH, shared, segment_ids_BT=call.segment_ids_BT, **call.scores)
+
+
+class Backend(NamedTuple):
+    """One way to attend. What else it can do stands in `config.ATTENTION_CAPABILITIES`."""
+
+    attend: Callable[..., jax.Array]  # (q_BTNH, k_BTKH, v_BTKH, Call)
+    over_context: Callable[..., jax.Array] | None = None  # the same of a device's part of rows, (q, k, v, Shared, Call)
+    by_device: bool = False  # the compiler cannot divide it among devices, so that each must be given its own part
+    platforms: tuple[str, ...] = ()  # (): all
+
+
+ATTENTION_BACKENDS: dict[str, Backend] = {
+    "dense": Backend(_dense),
+    "blockwise": Backend(_blockwise, over_context=_blockwise_shared),
+    "xla": Backend(functools.partial(_library, "xla")),
+    "cudnn": Backend(functools.partial(_library, "cudnn"), by_device=True, platforms=("gpu",)),
+    "splash": Backend(_splash, over_context=_splash_shared, by_device=True, platforms=("tpu", "cpu")),
+}
+
+# What `auto` tries, in this order: the first that can do what is asked. The dense form lets XLA fuse what it can.
+AUTO: dict[str, tuple[str, ...]] = {
+    "cpu": ("blockwise",),
+    "gpu": ("cudnn", "dense", "blockwise"),
+    "tpu": ("splash", "dense", "blockwise"),
+    "other": ("dense", "blockwise"),
+}
+
+
+def choose_backend(config: ModelConfig, length: int, context: int = 1) -> str:
+    """The backend for rows of `length` tokens, cut into `context` parts: the one asked for, or what `auto` stands for.
+
+    Raises `UserError` where the one asked for is not for this platform or cannot do what is asked.
+    """
+    platform = primitives.platform()
     if config.attention != "auto":
+        if refusal := attention_refusal(config, config.attention, length, context):
+            raise UserError(refusal)
+        platforms = ATTENTION_BACKENDS[config.attention].platforms
+        if platforms and platform not in platforms:
+            others = ", ".join(name for name, backend in ATTENTION_BACKENDS.items() if not backend.platforms)
+            raise UserError(
+                f"model.attention={config.attention} runs on {' and '.join(platforms)}, not on {platform}; {others} run anywhere."
+            )
         return config.attention
-    return "blockwise" if primitives.hand_written() else "dense"
+    plain_cpu = platform == "cpu" and not primitives.hand_written()
+    order = AUTO["other" if plain_cpu or platform not in AUTO else platform]
+    return next(name for name in order if not attention_refusal(config, name, length, context))
+
+
+def attend(
+    config: ModelConfig,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    dropout_keys: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention [B, T, N, H] by the config's backend, wherever the arrays lie on the mesh that is set.
+
+    Where the length is laid over a mesh axis, or the backend is a kernel of one device, each device is given its rows, heads
+    and part of the length by name.
+    """
+    call = Call(config, segment_ids_BT, dropout_keys)
+    mesh = jax.sharding.get_abstract_mesh()
+    length = q_BTNH.shape[1]
+    axis = None if mesh.empty else spec("length")[0]
+    if isinstance(axis, tuple):
+        raise UserError(f"mesh.rules lay 'length' over {' and '.join(axis)}; attention shares it out over one mesh axis only.")
+    parts = 1 if axis is None else mesh.shape[axis]
+    backend = ATTENTION_BACKENDS[choose_backend(config, length, parts)]
+    if parts == 1 and (mesh.empty or mesh.size == 1 or not backend.by_device):
+        return backend.attend(q_BTNH, k_BTKH, v_BTKH, call)
+
+    shared = Shared(axis or "", parts, length)
+    queries, keys = spec("batch", "length", "heads", "head_dim"), spec("batch", "length", "kv_heads", "head_dim")
+    if queries != keys:
+        raise UserError("mesh.rules lay 'heads' and 'kv_heads' over different axes; attention needs them on the same.")
+
+    def on_device(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, segment_ids_BT: Any, dropout_keys: Any) -> jax.Array:
+        first_head = jax.lax.axis_index(queries[2]) * q_BTNH.shape[2] if queries[2] is not None else 0
+        part = Call(config, segment_ids_BT, dropout_keys, first_head)
+        if backend.over_context is not None and parts > 1:
+            return backend.over_context(q_BTNH, k_BTKH, v_BTKH, shared, part)
+        return backend.attend(q_BTNH, k_BTKH, v_BTKH, part)
+
+    run = jax.shard_map(
+        on_device,
+        in_specs=(queries, keys, keys, spec("batch", "length"), spec("batch")),
+        out_specs=queries,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,  # Pallas kernels and scans over gathered keys do not say what varies over which axis
+    )
+    return run(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, dropout_keys)
 
 
 class Attention(nn.Module):
@@ -128,10 +259,11 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
         if cache is not None:
             cache = cache.write(k_BTKH, v_BTKH, positions_BT)
-            seen_BTS = jnp.arange(cache.keys.shape[1]) <= positions_BT[:, :, None]
-            out_BTNH = masked_attention(q_BTNH, cache.keys, cache.values, seen_BTS)
+            seen_BTS = visible(positions_BT[:, :, None] - jnp.arange(cache.keys.shape[1]), c.attention_window)
+            out_BTNH = masked_attention(q_BTNH, cache.keys, cache.values, seen_BTS, softcap=c.attention_softcap)
+        elif self.is_initializing():
+            out_BTNH = q_BTNH  # parameters don't depend on it, and a kernel may want longer rows than they are made with
         else:
-            drops = dropout_keys is not None and c.attention_dropout > 0
-            backend = ATTENTION_BACKENDS[choose_backend(c)]
-            out_BTNH = backend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, c.attention_dropout, dropout_keys if drops else None)
+            keys = dropout_keys if c.attention_dropout else None
+            out_BTNH = attend(c, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, keys)
         return output(out_BTNH), cache

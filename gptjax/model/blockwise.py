@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,19 @@ _MAX_GROUPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
-    causal: bool
+class Options:
+    """How scores become weights; 0 turns the last three off."""
+
     scale: float
-    block_size: int
-    dropout_rate: float
+    causal: bool = True
+    dropout_rate: float = 0.0
+    window: int = 0
+    softcap: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks(Options):
+    size: int = 128  # queries in a block
 
 
 def blockwise_attention(
@@ -41,13 +50,16 @@ def blockwise_attention(
     block_size: int = 0,
     dropout_rate: float = 0.0,
     dropout_keys: jax.Array | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """Scaled dot-product attention [B, T, N, H], N // K query heads sharing a key head; softmax in float32, the result as
     `v_BSKH`.
 
     Query and key t of a row stand at the same place. A query sees the keys of its own segment, when causal no later ones.
     `scale` is H**-0.5 by default, `block_size` (queries) 0 chooses. `dropout_keys` [B, 2] as for `primitives.dropout`, which
-    drops the same weights.
+    drops the same weights. `window`: a query sees no key more than window - 1 places before its own. `softcap`: scores s become
+    softcap * tanh(s / softcap). 0 turns both off.
     """
     batch, length, heads, width = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
@@ -55,7 +67,8 @@ def blockwise_attention(
         raise ValueError(f"queries and keys must stand at the same {length} places, but there are {k_BSKH.shape[1]} keys.")
     block_size = block_size or (length if length < 256 else 128)
     drops = dropout_rate > 0 and dropout_keys is not None
-    options = _Options(causal, width**-0.5 if scale is None else scale, block_size, dropout_rate if drops else 0.0)
+    scale = width**-0.5 if scale is None else scale
+    options = _Blocks(scale, causal, dropout_rate if drops else 0.0, window, softcap, block_size)
 
     padding = -length % block_size
     if padding:  # of a segment of its own: no real query sees it
@@ -64,9 +77,8 @@ def blockwise_attention(
         q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
 
     keys_BNT2 = None
-    if (
-        drops and dropout_keys is not None
-    ):  # one key a vector of weights; places as `primitives.dropout` counts them in [B, K, G, T, S]
+    if drops and dropout_keys is not None:
+        # One key a vector of weights; places as `primitives.dropout` counts them in [B, K, G, T, S].
         places_NT = jnp.arange(heads)[:, None] * length + jnp.arange(length + padding)
         keys_BNT2 = primitives.fold_in(dropout_keys[:, None, None], places_NT).reshape(batch, kv_heads, -1, length + padding, 2)
 
@@ -78,18 +90,18 @@ def blockwise_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options: _Options, q_BKGTH, k_BKSH, v_BKSH, segment_ids_BT, keys_BKGT2):
+def _attention(options: _Blocks, q_BKGTH, k_BKSH, v_BKSH, segment_ids_BT, keys_BKGT2):
     return _attention_forward(options, q_BKGTH, k_BKSH, v_BKSH, segment_ids_BT, keys_BKGT2)[0]
 
 
 def _attention_forward(options, q_BKGTH, k_BKSH, v_BKSH, segment_ids_BT, keys_BKGT2):
-    def block(first, q_BKGtH, segments_Bt, keys_BKGt2, k_BKSH, v_BKSH, segments_BS):
-        scores_BKGtS = _scores(options, first, q_BKGtH, k_BKSH, segments_Bt, segments_BS)
+    def block(first, first_key, q_BKGtH, segments_Bt, keys_BKGt2, k_BKSH, v_BKSH, segments_BS):
+        scores_BKGtS, _ = scores(options, first, first_key, q_BKGtH, k_BKSH, segments_Bt, segments_BS)
         top_BKGt1 = scores_BKGtS.max(-1, keepdims=True)
         weights_BKGtS = jnp.exp(scores_BKGtS - top_BKGt1)
         total_BKGt1 = weights_BKGtS.sum(-1, keepdims=True)
-        weights_BKGtS = _drop(options, weights_BKGtS / total_BKGt1, keys_BKGt2)
-        out_BKGtH = _values(weights_BKGtS.astype(v_BKSH.dtype), v_BKSH)
+        weights_BKGtS = drop(options, weights_BKGtS / total_BKGt1, keys_BKGt2, first_key)
+        out_BKGtH = values(weights_BKGtS.astype(v_BKSH.dtype), v_BKSH)
         return (out_BKGtH.astype(v_BKSH.dtype), (top_BKGt1 + jnp.log(total_BKGt1))[..., 0]), ()
 
     queries, keys = (q_BKGTH, segment_ids_BT, keys_BKGT2), (k_BKSH, v_BKSH, segment_ids_BT)
@@ -102,13 +114,10 @@ def _attention_backward(options, residuals, g_BKGTH):
     # What each query's gradient owes to the softmax's denominator: sum over s of weight * d(weight).
     owed_BKGT = (g_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32)).sum(-1)
 
-    def block(first, q_BKGtH, segments_Bt, keys_BKGt2, g_BKGtH, lse_BKGt, owed_BKGt, k_BKSH, v_BKSH, segments_BS):
-        scores_BKGtS = _scores(options, first, q_BKGtH, k_BKSH, segments_Bt, segments_BS)
-        weights_BKGtS = jnp.exp(scores_BKGtS - lse_BKGt[..., None])
-        dv_BKSH = _back_to_keys(_drop(options, weights_BKGtS, keys_BKGt2).astype(g_BKGtH.dtype), g_BKGtH)
-        dweights_BKGtS = _drop(options, _products(g_BKGtH, v_BKSH), keys_BKGt2)
-        dscores_BKGtS = (weights_BKGtS * (dweights_BKGtS - owed_BKGt[..., None]) * options.scale).astype(q_BKGtH.dtype)
-        return (_values(dscores_BKGtS, k_BKSH),), (_back_to_keys(dscores_BKGtS, q_BKGtH), dv_BKSH)
+    def block(first, first_key, q_BKGtH, segments_Bt, keys_BKGt2, g_BKGtH, lse_BKGt, owed_BKGt, k_BKSH, v_BKSH, segments_BS):
+        places = (first, first_key)
+        row = (q_BKGtH, segments_Bt, keys_BKGt2, g_BKGtH, lse_BKGt, owed_BKGt)
+        return backward_block(options, places, row, (k_BKSH, v_BKSH, segments_BS))
 
     queries = (q_BKGTH, segment_ids_BT, keys_BKGT2, g_BKGTH, lse_BKGT, owed_BKGT)
     (dq_BKGTH,), (dk_BKSH, dv_BKSH) = _over_blocks(options, block, queries, (k_BKSH, v_BKSH, segment_ids_BT))
@@ -118,27 +127,54 @@ def _attention_backward(options, residuals, g_BKGTH):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _scores(options, first, q_BKGtH, k_BKSH, segments_Bt, segments_BS) -> jax.Array:
-    """Scaled scores in float32, [B, K, G, t, S], of the queries from place `first` on; -inf where a query may not see."""
-    scores_BKGtS = _products(q_BKGtH, k_BKSH) * options.scale
+def backward_block(options: Options, places: tuple[Any, Any], row: tuple, keys: tuple) -> tuple[tuple, tuple]:
+    """((d queries,), (d keys, d values)) in float32 that a block of queries and one of keys owe to each other.
+
+    `places`: of the first query and the first key. `row`: queries, their segments, dropout's keys, the output's gradient, the
+    log-sum-exp, and sum over s of weight * d(weight). `keys`: keys, values, their segments.
+    """
+    q_BKGtH, segments_Bt, keys_BKGt2, g_BKGtH, lse_BKGt, owed_BKGt = row
+    k_BKSH, v_BKSH, segments_BS = keys
+    scores_BKGtS, slopes_BKGtS = scores(options, *places, q_BKGtH, k_BKSH, segments_Bt, segments_BS)
+    weights_BKGtS = jnp.exp(scores_BKGtS - lse_BKGt[..., None])
+    dv_BKSH = back_to_keys(drop(options, weights_BKGtS, keys_BKGt2, places[1]).astype(g_BKGtH.dtype), g_BKGtH)
+    dweights_BKGtS = drop(options, products(g_BKGtH, v_BKSH), keys_BKGt2, places[1])
+    dscores_BKGtS = weights_BKGtS * (dweights_BKGtS - owed_BKGt[..., None]) * options.scale
+    dscores_BKGtS = (dscores_BKGtS if slopes_BKGtS is None else dscores_BKGtS * slopes_BKGtS).astype(q_BKGtH.dtype)
+    return (values(dscores_BKGtS, k_BKSH),), (back_to_keys(dscores_BKGtS, q_BKGtH), dv_BKSH)
+
+
+def scores(options, first, first_key, q_BKGtH, k_BKSH, segments_Bt, segments_BS) -> tuple[jax.Array, jax.Array | None]:
+    """(scaled and capped scores in float32, [B, K, G, t, S], -inf where a query may not see; the cap's slope, None without).
+
+    Queries stand at places `first`, `first` + 1, ..., keys at `first_key`, ...
+    """
+    scores_BKGtS = products(q_BKGtH, k_BKSH) * options.scale
+    slopes_BKGtS = None
+    if options.softcap:
+        tanh_BKGtS = jnp.tanh(scores_BKGtS / options.softcap)
+        scores_BKGtS, slopes_BKGtS = options.softcap * tanh_BKGtS, 1 - jnp.square(tanh_BKGtS)
     rows, columns = scores_BKGtS.shape[-2:]
+    before_tS = (first + jnp.arange(rows))[:, None] - (first_key + jnp.arange(columns))
     if options.causal:
-        later = first + jnp.arange(rows)[:, None] < jnp.arange(columns)
-        scores_BKGtS = jnp.where(later, -jnp.inf, scores_BKGtS)
+        scores_BKGtS = jnp.where(before_tS < 0, -jnp.inf, scores_BKGtS)
+    if options.window:
+        scores_BKGtS = jnp.where(before_tS >= options.window, -jnp.inf, scores_BKGtS)
     if segments_Bt is not None:
         apart = segments_Bt[:, :, None] != segments_BS[:, None, :]
         scores_BKGtS = jnp.where(apart[:, None, None], -jnp.inf, scores_BKGtS)
-    return scores_BKGtS
+    return scores_BKGtS, slopes_BKGtS
 
 
-def _drop(options, weights_BKGtS, keys_BKGt2) -> jax.Array:
-    if not options.dropout_rate:
+def drop(options: Options, weights_BKGtS: jax.Array, keys_BKGt2: jax.Array | None, first_key) -> jax.Array:
+    """Dropout of the weights for the keys from place `first_key` on."""
+    if not options.dropout_rate or keys_BKGt2 is None:
         return weights_BKGtS
-    keep = primitives.keep(keys_BKGt2, options.dropout_rate, weights_BKGtS.shape[-1])
+    keep = primitives.keep(keys_BKGt2, options.dropout_rate, weights_BKGtS.shape[-1], first_key)
     return jnp.where(keep, weights_BKGtS * primitives.kept_scale(options.dropout_rate), 0.0)
 
 
-def _products(a_BKGtH, b_BKSH) -> jax.Array:
+def products(a_BKGtH, b_BKSH) -> jax.Array:
     """Each query with each key, [B, K, G, t, S] in float32; the G heads of a group are rows of one product."""
     batch, kv_heads, groups, rows, width = a_BKGtH.shape
     flat = a_BKGtH.reshape(batch, kv_heads, groups * rows, width)
@@ -146,7 +182,7 @@ def _products(a_BKGtH, b_BKSH) -> jax.Array:
     return y.reshape(batch, kv_heads, groups, rows, -1)
 
 
-def _values(weights_BKGtS, v_BKSH) -> jax.Array:
+def values(weights_BKGtS, v_BKSH) -> jax.Array:
     """Sums over keys, [B, K, G, t, H] in float32."""
     batch, kv_heads, groups, rows, columns = weights_BKGtS.shape
     flat = weights_BKGtS.reshape(batch, kv_heads, groups * rows, columns)
@@ -154,7 +190,7 @@ def _values(weights_BKGtS, v_BKSH) -> jax.Array:
     return y.reshape(batch, kv_heads, groups, rows, -1)
 
 
-def _back_to_keys(weights_BKGtS, g_BKGtH) -> jax.Array:
+def back_to_keys(weights_BKGtS, g_BKGtH) -> jax.Array:
     """Sums over queries and over the heads of a group, [B, K, S, H] in float32."""
     batch, kv_heads, groups, rows, columns = weights_BKGtS.shape
     flat = weights_BKGtS.reshape(batch, kv_heads, groups * rows, columns)
@@ -162,28 +198,33 @@ def _back_to_keys(weights_BKGtS, g_BKGtH) -> jax.Array:
     return jax.lax.dot_general(flat, g_flat, (((2,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
-def _over_blocks(options: _Options, block: Callable, queries: tuple, keys: tuple) -> tuple[tuple, tuple]:
-    """(results a query, joined along T; results a key, summed) of `block(first, *queries of a block, *keys they may see)`.
+def _over_blocks(options: _Blocks, block: Callable, queries: tuple, keys: tuple) -> tuple[tuple, tuple]:
+    """(results a query, joined along T; results a key, summed) of `block(place of the first query, of the first key, *queries
+    of a block, *keys they may see)`.
 
     Arrays [B, T] have their places on axis 1, others queries on 3, keys on 2.
     """
-    length, size = queries[0].shape[3], options.block_size
+    length, size = queries[0].shape[3], options.size
     per_group = -(-(length // size) // _MAX_GROUPS)
     by_query: list[tuple] = []
     by_key: tuple = ()
-    for start in reversed(
-        range(0, length, per_group * size)
-    ):  # the last group sees all keys: its sums are the first of the accumulators
+    # Without a window the last group sees all keys: its sums are the first of the accumulators.
+    for start in reversed(range(0, length, per_group * size)):
         end = min(start + per_group * size, length)
-        seen = end if options.causal else length
-        part = tuple(_slice(x, 0, seen, 2) for x in keys)
-        blocks = (end - start) // size
-        if blocks == 1:
-            of_queries, of_keys = block(start, *(_slice(x, start, end, 3) for x in queries), *part)
+        low = max(0, start - options.window + 1) if options.window else 0
+        high = end if options.causal else length
+        part = tuple(_slice(x, low, high, 2) for x in keys)
+        rows = tuple(_slice(x, start, end, 3) for x in queries)
+        if end - start == size:
+            of_queries, of_keys = block(start, low, *rows, *part)
         else:
-            of_queries, of_keys = _loop(block, start, size, tuple(_slice(x, start, end, 3) for x in queries), part)
+            shifted = functools.partial(lambda low, first, *arrays: block(first, low, *arrays), low)
+            of_queries, of_keys = _loop(shifted, start, size, rows, part)
         by_query.insert(0, of_queries)
-        by_key = tuple(total.at[:, :, :seen].add(x) for total, x in zip(by_key, of_keys, strict=True)) if by_key else of_keys
+        if by_key:
+            by_key = tuple(total.at[:, :, low:high].add(x) for total, x in zip(by_key, of_keys, strict=True))
+        else:
+            by_key = tuple(jnp.pad(x, ((0, 0), (0, 0), (low, length - high), (0, 0))) for x in of_keys)
     return tuple(jnp.concatenate(xs, axis=3) if len(xs) > 1 else xs[0] for xs in zip(*by_query, strict=True)), by_key
 
 

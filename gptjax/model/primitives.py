@@ -19,6 +19,27 @@ import jax.numpy as jnp
 import numpy as np
 
 _form: str | None = None
+_platform: str | None = None
+
+
+@contextlib.contextmanager
+def use_platform(name: str) -> Iterator[None]:
+    """Traces what is inside as for the platform "cpu", "gpu" or "tpu", its forms and its attention backend: to compile for
+    hardware that is not here.
+    """
+    global _platform
+    if name not in ("cpu", "gpu", "tpu"):
+        raise ValueError(f"the platform must be 'cpu', 'gpu' or 'tpu', not {name!r}.")
+    before, _platform = _platform, name
+    try:
+        yield
+    finally:
+        _platform = before
+
+
+def platform() -> str:
+    """The platform that is traced for: JAX's default, unless `use_platform` says otherwise."""
+    return _platform or jax.default_backend()
 
 
 @contextlib.contextmanager
@@ -37,10 +58,10 @@ def use_form(name: str) -> Iterator[None]:
 
 
 def hand_written() -> bool:
-    """Whether to trace the written-out forms: on a CPU, unless `use_form` says otherwise."""
+    """Whether to trace the written-out forms: for a CPU, unless `use_form` says otherwise."""
     if _form is not None:
         return _form == "hand_written"
-    return jax.default_backend() == "cpu"
+    return platform() == "cpu"
 
 
 # --- linear --------------------------------------------------------------------------------
@@ -241,12 +262,12 @@ def fold_in(keys: jax.Array, number: jax.Array | int) -> jax.Array:
     return jnp.stack([first, second], axis=-1)
 
 
-def keep(keys: jax.Array, rate: float, size: int, start: int = 0) -> jax.Array:
+def keep(keys: jax.Array, rate: float, size: int, start: int | jax.Array = 0) -> jax.Array:
     """bool [..., size], True with probability 1 - rate: elements start ..
 
     start + size of a vector for each of `keys` [..., 2].
     """
-    place = jax.lax.iota(jnp.uint32, size) + jnp.uint32(start)
+    place = jax.lax.iota(jnp.uint32, size) + jnp.asarray(start, jnp.uint32)
     h = place * _GOLDEN + keys[..., :1]
     h = (h ^ (h >> 16)) * _M1
     h = h ^ keys[..., 1:]

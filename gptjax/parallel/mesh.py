@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from gptjax.config import Config, MeshConfig, UserError
+from gptjax.config import Config, MeshConfig, UserError, attention_refusal
 from gptjax.parallel.pipeline import num_micro_batches
 
 # Outermost first: neighbours along the last axis are the nearest devices, and tensor parallelism talks the most.
@@ -65,11 +65,13 @@ def check_divides(config: Config, mesh: Any) -> None:
     over_rows = "mesh.data * mesh.fsdp * mesh.expert" + (" * mesh.micro_batches" if micro_batches > 1 else "")
     row_parts = batch_shards(mesh) * micro_batches
     rows = data.batch_size // config.train.accumulation_steps
-    tensor = mesh.shape["tensor"]
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+    # Of 2c chunks of a row, a device has one early and one late: see model/context.py.
+    length_parts = ("2 * mesh.context", 2 * context) if context > 1 else ("mesh.context", 1)
     needs = [
         ("data.batch_size / train.accumulation_steps", rows, over_rows, row_parts),
         ("evaluate.batch_size", config.evaluate.batch_size or rows, over_rows, row_parts),
-        ("data.seq_len", data.seq_len, "mesh.context", mesh.shape["context"]),
+        ("data.seq_len", data.seq_len, *length_parts),
         ("model.num_heads", model.num_heads, "mesh.tensor", tensor),
         ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", tensor),
         ("model.mlp_dim", 0 if model.num_experts else model.mlp_dim, "mesh.tensor", tensor),
@@ -84,3 +86,5 @@ def check_divides(config: Config, mesh: Any) -> None:
     for key, number, axes, size in needs:
         if number % size:
             raise UserError(f"{key}={number} does not divide over {axes}={size}; change one of them.")
+    if model.attention != "auto" and (refusal := attention_refusal(model, model.attention, data.seq_len, context)):
+        raise UserError(refusal)
