@@ -180,7 +180,9 @@ def _free_port() -> int:
 def check(ended: Ended, statuses: list[int]) -> Ended:
     """`ended`, if it ended with these statuses."""
     if ended.statuses != statuses:
-        raise RuntimeError(f"statuses {ended.statuses}, not {statuses}:\n" + "\n---\n".join(text[-2000:] for text in ended.errors))
+        raise RuntimeError(
+            f"statuses {ended.statuses}, not {statuses}:\n" + "\n---\n".join(text[-2000:] for text in ended.errors)
+        )
     return ended
 
 

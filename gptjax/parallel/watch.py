@@ -202,6 +202,7 @@ class Watch:
         return f"{self.name(self._process)} ends: {verdict['text']}", verdict["status"]
 
     def _end(self, text: str, status: int) -> None:
+        self._stopped.set()
         print(f"gptjax: {text}", file=sys.stderr, flush=True)
         self._leave(status)
 
