@@ -204,6 +204,8 @@ def _deadline(asked: Settings) -> Iterator[None]:
     timer.start()
     try:
         yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise HostsError(f"{who} could not join {where}: {_first_line(error)}") from error
     finally:
         timer.cancel()
 
@@ -253,7 +255,11 @@ def fail_with_traceback(error: BaseException) -> None:
         _say(found[0])
         _exit(found[1])
     traceback.print_exception(error)
-    _end(_joined, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}", 1)
+    _end(_joined, f"{type(error).__name__}: {_first_line(error)}", 1)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:300]
 
 
 def _say(text: str) -> None:
