@@ -350,9 +350,11 @@ def _build_parser() -> argparse.ArgumentParser:
   gptjax train --config=configs/shakespeare_char.py:cpu --workdir=runs/shakespeare --config.train.seed=1
 
 The run's folder gets config.json, metrics.jsonl, checkpoints/, samples/, tokenizer/ and, at the end, result.json and
-loss_curve.png. SIGTERM and Ctrl-C save first; exit status 75 and 130. Several processes or hosts are one run where GPTJAX_COORDINATOR=HOST:PORT,
-GPTJAX_NUM_PROCESSES and GPTJAX_PROCESS_ID, or GPTJAX_DISTRIBUTED=auto, are set in each. A changed config is refused, unless its keys are named by
---allow_changes.""",
+loss_curve.png. SIGTERM and Ctrl-C save first; exit status 75 and 130. A changed config is refused, unless its keys are named by
+--allow_changes.
+
+Several processes, on one host or many, are one run where each has GPTJAX_COORDINATOR=HOST:PORT, GPTJAX_NUM_PROCESSES and
+GPTJAX_PROCESS_ID in its environment, or GPTJAX_DISTRIBUTED=auto.""",
     )
     train.add_argument("--config", metavar="FILE.py[:ARG]", help="recipe, or a config.json")
     train.add_argument("--workdir", metavar="DIR", help="the run's folder")
