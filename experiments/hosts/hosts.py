@@ -66,7 +66,7 @@ class Ended:
     statuses: list[int]
     errors: list[str]  # standard error of each
     seconds: float  # of all
-    detection: float | None  # seconds from the accident to the end of the last process that had none
+    detection: float | None  # seconds from the accident to the end of the last process, but for one that was stopped
 
 
 class Launcher:
@@ -106,15 +106,16 @@ class Launcher:
             self._child(run, scratch, verb, knobs, process, processes, port, accident if process == victim else "")
             for process in range(processes)
         ]
-        others = [child for process, child in enumerate(children) if not (accident and process == victim)]
+        # Who is stopped cannot end; whoever else meets with an accident must, by itself.
+        others = [child for process, child in enumerate(children) if not (accident.startswith("stop") and process == victim)]
         deadline = began + timeout
         try:
             for child in others:
                 child.wait(max(1.0, deadline - time.monotonic()))
             ended_at = time.time()
         finally:
-            for child in children:  # a stopped victim is still there; everyone else only after a timeout
-                if child not in others and accident.startswith(("stop", "sleep")) or time.monotonic() >= deadline:
+            for child in children:
+                if child not in others or time.monotonic() >= deadline:
                     child.kill()
             statuses = [child.wait() for child in children]
         acted = scratch / "acted"
