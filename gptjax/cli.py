@@ -20,6 +20,7 @@ import gptjax
 from gptjax import config as config_lib
 from gptjax import recipes, runtime
 from gptjax.config import Config, UserError
+from gptjax.parallel import hosts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,18 +29,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
         arguments.overrides = overrides
-        return arguments.run(arguments)
+        if arguments.run in _USE_DEVICES:
+            hosts.initialise()
+        status = arguments.run(arguments)
+        hosts.leave()
+        return status
     except UserError as error:
-        print(f"gptjax: {error}", file=sys.stderr)
-        return 2
+        return _fault(str(error), 2)
+    except hosts.HostsError as error:
+        return _fault(str(error), 1)
     except KeyboardInterrupt:
-        print("gptjax: stopped.", file=sys.stderr)
-        return 130
+        return _fault("stopped.", 130)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         return 0
+    except Exception as error:
+        hosts.fail_with_traceback(error)
+        raise
     finally:
         if argv is None:  # the process leaves now, all is on the disk: a late signal must not change its status
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _fault(text: str, status: int) -> int:
+    """Says why this process ends; of several, all do."""
+    hosts.fail(text, status)
+    print(f"gptjax: {text}", file=sys.stderr)
+    return status
 
 
 # --- verbs: heavy imports wait until their arguments are known to be right ------------------------------------------------------
@@ -58,8 +73,7 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"gptjax: {stopped}", file=sys.stderr)
         return 75 if stopped.signal_number == signal.SIGTERM else 130
     except (CheckpointError, NonFiniteError) as error:
-        print(f"gptjax: {error}", file=sys.stderr)
-        return 1
+        return _fault(str(error), 1)
     if arguments.json:
         _print_json(result)
     return 0
@@ -67,13 +81,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     workdir, config = _run_config(arguments)
-    from gptjax.data.pipeline import load_dataset
     from gptjax.parallel.mesh import make_mesh
     from gptjax.train.evaluate import evaluate
+    from gptjax.train.loop import load_data
     from gptjax.train.restore import load_run
 
     model = load_run(workdir, _log, arguments.step, config)
-    dataset = load_dataset(config, log=_log)
+    dataset = load_data(config, _log)
     if dataset.tokenizer.fingerprint != model.tokenizer.fingerprint:
         raise UserError(
             f"the tokenizer that data.tokenizer={config.data.tokenizer} gives is not the one that {workdir} was trained with."
@@ -81,7 +95,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     figures = evaluate(config, model.params, dataset, make_mesh(config.mesh)) | {"step": model.step}
     if arguments.json:
         _print_json(figures)
-    else:
+    elif hosts.is_primary():
         print(
             f"step {figures['step']}: loss {figures['loss']:.4f} nats a token, perplexity {figures['perplexity']:.3f}, "
             f"{figures['bits_per_byte']:.4f} bits per byte over {figures['tokens']} tokens ({figures['bytes']} bytes)"
@@ -112,7 +126,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json({"step": model.step, "samples": [_sample_as_dict(sample) for sample in samples]})
         return 0
-    for index, sample in enumerate(samples):
+    for index, sample in enumerate(samples if hosts.is_primary() else ()):
         if index:
             print("---")
         print(sample.prompt + sample.text)
@@ -236,11 +250,14 @@ def _sample_as_dict(sample: Any) -> dict[str, Any]:
 
 
 def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if hosts.is_primary():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _print_json(value: Any) -> None:
-    """One line of valid JSON: NaN and infinities, which JSON lacks, as null."""
+    """One line of valid JSON: NaN and infinities, which JSON lacks, as null. Process 0 prints it."""
+    if not hosts.is_primary():
+        return
     print(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False), flush=True)
 
 
@@ -250,6 +267,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_USE_DEVICES = (_train, _evaluate, _generate)  # where several processes, if the environment names them, join first
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------------------
@@ -335,7 +355,10 @@ def _build_parser() -> argparse.ArgumentParser:
 
 The run's folder gets config.json, metrics.jsonl, checkpoints/, samples/, tokenizer/ and, at the end, result.json and
 loss_curve.png. SIGTERM and Ctrl-C save first; exit status 75 and 130. A changed config is refused, unless its keys are named by
---allow_changes.""",
+--allow_changes.
+
+Several processes, on one host or many, are one run where each has GPTJAX_COORDINATOR=HOST:PORT, GPTJAX_NUM_PROCESSES and
+GPTJAX_PROCESS_ID in its environment, or GPTJAX_DISTRIBUTED=auto.""",
     )
     train.add_argument("--config", metavar="FILE.py[:ARG]", help="recipe, or a config.json")
     train.add_argument("--workdir", metavar="DIR", help="the run's folder")

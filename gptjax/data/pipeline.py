@@ -1,7 +1,7 @@
 """Tokens to batches. The batch of a step is a function of (train.seed, step) alone, so a run's place in the data is one integer.
 
-The rows of training are one infinite sequence, of which step s takes rows s * B to (s + 1) * B, and process p of P the p-th
-contiguous share of these. They come in a new random order each epoch, epoch after epoch without a gap. Windows are cut anew
+The rows of training are one infinite sequence, of which step s takes rows s * B to (s + 1) * B, and a process of several those
+that its devices hold. They come in a new random order each epoch, epoch after epoch without a gap. Windows are cut anew
 each epoch, from a phase of its own, so that no token comes twice in an epoch and no boundary stays. (nanoGPT draws its windows
 with replacement, which leaves a fraction exp(-1) of the text unseen after an epoch's worth.) Orders and phases are drawn from
 Philox, a counter-based generator, for (seed, epoch): starting at any step costs nothing.
@@ -168,18 +168,15 @@ def _rows_per_epoch(config: Config, split: Split) -> int:
     return max(1, (split.num_tokens - config.data.seq_len) // config.data.seq_len)
 
 
-def train_batches(
-    config: Config, split: Split, start_step: int = 0, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """This process's share of the batches of steps `start_step`, `start_step` + 1, ... without end.
+def train_batches(config: Config, split: Split, start_step: int = 0, share: np.ndarray | None = None) -> Iterator[Batch]:
+    """The batches of steps `start_step`, `start_step` + 1, ... without end; `share`: of their rows only these, ascending.
 
-    int32 [batch_size / process_count, seq_len + 1] `tokens`, `segment_ids` (1, 2, ... within a row, 0 for padding) and
-    `positions` (from 0 in each segment). Reads `data.prefetch` batches ahead. Raises `UserError` where the processes don't divide
-    the batch.
+    int32 [rows, seq_len + 1] `tokens`, `segment_ids` (1, 2, ... within a row, 0 for padding) and `positions` (from 0 in each
+    segment). Reads `data.prefetch` batches ahead.
     """
     import grain
 
-    share = _share(config.data.batch_size, process_index, process_count, "data.batch_size")
+    share = _share(config.data.batch_size, share)
     batches = grain.MapDataset.range(start_step, _LAST_STEP).map(lambda step: _train_batch(config, split, int(step), share))
     ahead = config.data.prefetch
     options = grain.ReadOptions(num_threads=_PREFETCH_THREADS if ahead else 0, prefetch_buffer_size=ahead)
@@ -189,16 +186,16 @@ def train_batches(
 _LAST_STEP = 2**53  # as good as infinite; a range needs an end
 
 
-def _share(rows: int, process_index: int, process_count: int, key: str) -> slice:
-    if rows % process_count:
-        raise UserError(f"{key}={rows} rows cannot be shared evenly by {process_count} processes.")
-    each = rows // process_count
-    return slice(process_index * each, (process_index + 1) * each)
+def _share(batch_size: int, share: np.ndarray | None) -> np.ndarray:
+    if share is None:
+        return np.arange(batch_size)
+    if not len(share) or share[0] < 0 or share[-1] >= batch_size or (np.diff(share) <= 0).any():
+        raise ValueError(f"a share of a batch of {batch_size} rows must be some of them in ascending order, not {share}.")
+    return share
 
 
-def _train_batch(config: Config, split: Split, step: int, share: slice) -> Batch:
-    size = config.data.batch_size
-    numbers = np.arange(step * size + share.start, step * size + share.stop)
+def _train_batch(config: Config, split: Split, step: int, share: np.ndarray) -> Batch:
+    numbers = step * config.data.batch_size + share
     epochs, rows = _epoch_rows(config, split, numbers)
     if split.rows is not None:
         return split.rows.batch(split.tokens, rows)
@@ -281,17 +278,15 @@ def _eval_rows(config: Config, split: Split) -> int:
     return len(split.rows) if split.rows is not None else math.ceil((split.num_tokens - 1) / config.data.seq_len)
 
 
-def eval_batches(
-    config: Config, split: Split, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
+def eval_batches(config: Config, split: Split, batch_size: int, share: np.ndarray | None = None) -> Iterator[Batch]:
     """The whole split once, in order: every token is predicted once that has one before it in its document (for windows: in the
-    split). Yields this process's share of batches of `batch_size` rows over all processes, as `train_batches` does; rows missing
-    at the end are padding, so that every process has the same number of batches of the same shape.
+    split). Yields batches of `batch_size` rows, or the `share` of each, as `train_batches` does; rows missing at the end are
+    padding, so that every share has the same number of batches, each of the same shape.
     """
-    share = _share(batch_size, process_index, process_count, "the evaluation's batch size")
+    share = _share(batch_size, share)
     rows = _eval_rows(config, split)
     for batch in range(num_eval_batches(config, split, batch_size)):
-        numbers = np.arange(batch * batch_size, (batch + 1) * batch_size)[share]
+        numbers = batch * batch_size + share
         numbers = np.where(numbers < rows, numbers, -1)
         if split.rows is not None:
             yield split.rows.batch(split.tokens, numbers)

@@ -27,6 +27,7 @@ from gptjax.config import ModelConfig, UserError
 from gptjax.generate.sampling import Sampling, draw, within_vocabulary
 from gptjax.model import decoder
 from gptjax.model.attention import Cache
+from gptjax.parallel import hosts
 
 # What the seed's random key is for, folded into it first; initial parameters and dropout have 0 and 1.
 SAMPLE = 2
@@ -118,7 +119,7 @@ def generate_tokens(
     )
     # Nothing is differentiated here; knobs of the backward pass must not ask for another compilation.
     config = dataclasses.replace(config, remat="none", attention="auto")
-    tokens_BW, ends_B, stopped_B = jax.device_get(compiled_generate(params, request, config, bucket(max_new_tokens)))
+    tokens_BW, ends_B, stopped_B = hosts.fetch(compiled_generate(params, request, config, bucket(max_new_tokens)))
     return Generated(
         tuple(tokens[start:end] for tokens, start, end in zip(tokens_BW, lengths_B, ends_B, strict=True)), np.asarray(stopped_B)
     )

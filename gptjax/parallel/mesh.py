@@ -34,11 +34,16 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """A mesh with all axes of `AXES` over `devices` (all of JAX's by default), or the first of them that it takes.
 
-    Raises `UserError` as `axis_sizes` does.
+    Raises `UserError` as `axis_sizes` does, and where a process of several would have no device in it.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = axis_sizes(config, len(devices))
     taken = devices[: math.prod(sizes.values())]
+    if idle := sorted({device.process_index for device in devices} - {device.process_index for device in taken}):
+        raise UserError(
+            f"the mesh takes {len(taken)} of {len(devices)} devices and none of process {idle[0]}'s; "
+            "every process must hold a part of it: set one of the axes, mesh.data say, to -1."
+        )
     # Auto axes: Linen's and our constraints name axes and leave the rest to the compiler.
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=taken)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from gptjax.config import Config, UserError
 from gptjax.data.pipeline import Dataset, eval_batches
 from gptjax.model.decoder import output_table
+from gptjax.parallel import hosts
 from gptjax.parallel.mesh import check_divides
 from gptjax.parallel.sharding import batch_sharding, laid_over, replicated, use_rules
 from gptjax.train.loss import row_nll
@@ -71,12 +72,12 @@ def evaluate(config: Config, params: Any, dataset: Dataset, mesh: Mesh, max_batc
     with use_rules(config.mesh):
         layout = batch_sharding(mesh)
     token_bytes = jax.device_put(token_byte_counts(config, dataset), replicated(mesh))
-    batches = eval_batches(config, dataset.eval, rows, jax.process_index(), jax.process_count())
+    batches = eval_batches(config, dataset.eval, rows, hosts.batch_rows(layout, rows))
     totals = np.zeros(3)
     pending: Any = None
-    for batch in itertools.islice(batches, max_batches or None):
-        on_device = {name: jax.make_array_from_process_local_data(layout, array) for name, array in batch.items()}
-        sums = step(params, token_bytes, on_device)
+    for number, batch in enumerate(itertools.islice(batches, max_batches or None)):
+        hosts.moved("evaluation batch", number, patience=10)  # the first one compiles
+        sums = step(params, token_bytes, hosts.place_batch(layout, batch, rows))
         if pending is not None:  # the next batch is under way before these are waited for
             totals += [np.sum(np.asarray(column), dtype=np.float64) for column in pending]
         pending = sums

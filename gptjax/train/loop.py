@@ -6,22 +6,26 @@ its result.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import math
 import os
 import pathlib
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from gptjax.config import Config, to_dict
+from gptjax.config import Config, flatten, to_dict
 from gptjax.data.pipeline import Dataset, batch_documents, load_dataset, steps_per_epoch, train_batches
 from gptjax.generate.text import generate_text
+from gptjax.parallel import hosts
 from gptjax.parallel.mesh import check_divides, make_mesh
 from gptjax.parallel.sharding import batch_sharding, use_rules
 from gptjax.train.checkpoints import CheckpointError, Checkpoints
@@ -43,6 +47,22 @@ class Interrupted(Exception):
             f"stopped by {signal.Signals(signal_number).name} and saved at step {step}; the same command goes on from there."
         )
         self.signal_number = signal_number
+
+
+class NoMetrics:
+    """Stands for a `MetricsWriter` in the processes that don't write."""
+
+    def __enter__(self) -> NoMetrics:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def write(self, row: Mapping[str, Any]) -> None: ...
+
+    def has(self, step: int, key: str) -> bool:
+        return False
+
+    def sync(self) -> None: ...
 
 
 class NonFiniteError(RuntimeError):
@@ -86,7 +106,7 @@ class Run:
     epoch_steps: float
     checkpoints: Checkpoints
     line: LiveLine
-    metrics: MetricsWriter
+    metrics: MetricsWriter | NoMetrics
     stop: StopSignals
     seconds_before: float = 0.0
     figures: dict[str, Any] | None = None  # of the evaluation at the latest step, where there was one
@@ -106,29 +126,73 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: Sequence[str] = 
     """Trains to the end and returns the content of `result.json`; a run that has ended returns it at once.
 
     Raises `UserError` for what a person can mend, `Interrupted` after SIGTERM or Ctrl-C (the run is saved), `NonFiniteError`,
-    `CheckpointsFailing`.
+    `CheckpointsFailing`. Of several processes all call it; process 0 alone writes into the folder (of a checkpoint, each its own
+    arrays) and speaks.
     """
-    log = log_to_stderr
-    with StopSignals() as stop, RunLock(workdir, log):
-        dataset = load_dataset(config, log)
+    with StopSignals() as stop, _stderr_of_process_0() as stream, _lock(workdir):
+        log: Callable[[str], None] = functools.partial(print, file=stream, flush=True)
+        dataset = load_data(config, log)
         config = config.with_vocab_size(dataset.tokenizer.vocab_size)
         epoch_steps = steps_per_epoch(config, dataset.train)
         lengths = Lengths.of(config, epoch_steps)
         mesh = make_mesh(config.mesh)
         check_divides(config, mesh)
-        check_config(workdir, config, allow_changes, log)
-        result = read_result(workdir)
+        result = hosts.from_process_0(_open_folder(workdir, config, allow_changes, log) if hosts.is_primary() else None)
         if result is not None and result["steps"] >= lengths.total:
             log(f"{workdir} holds a finished run of {result['steps']} steps, eval loss {result['eval']['loss']:.4f}.")
             return result
-        dataset.tokenizer.save(workdir / "tokenizer")
-        with LiveLine(lengths.total) as line, Checkpoints(workdir / "checkpoints", config.checkpoint, line) as checkpoints:
+        if hosts.is_primary():
+            dataset.tokenizer.save(workdir / "tokenizer")
+        with (
+            LiveLine(lengths.total, stream) as line,
+            Checkpoints(workdir / "checkpoints", config.checkpoint, line) as checkpoints,
+        ):
             state, about = _restore_or_init(config, lengths, mesh, checkpoints, line)
-            with MetricsWriter(workdir, config, int(state.step) or None, line) as metrics:
+            with _metrics(workdir, config, int(state.step) or None, line) as metrics:
                 run = Run(config, workdir, dataset, mesh, lengths, epoch_steps, checkpoints, line, metrics, stop)
                 run.seconds_before, run.figures = about.get("seconds", 0.0), about.get("eval")
                 _describe(run, state)
                 return _finish(run, _steps(run, state))
+
+
+@contextlib.contextmanager
+def _stderr_of_process_0() -> Iterator[TextIO]:
+    if hosts.is_primary():
+        yield sys.stderr
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        yield nowhere
+
+
+@contextlib.contextmanager
+def _lock(workdir: pathlib.Path) -> Iterator[None]:
+    """The folder's lock, which process 0 takes for all."""
+    with RunLock(workdir, log_to_stderr) if hosts.is_primary() else contextlib.nullcontext():
+        if hosts.process_count() > 1:
+            hosts.check_shared(workdir / "run.lock")
+        yield
+
+
+def load_data(config: Config, log: Callable[[str], None]) -> Dataset:
+    """`load_dataset`, by process 0 first, for where hosts share the cache; the same tokens in all processes, or `UserError`."""
+    hosts.check_same(flatten(config))
+    with hosts.process_0_first():
+        dataset = load_dataset(config, log)
+    counts = {name: dataset.report[name] for name in ("documents", "tokens", "bytes", "rows")}
+    hosts.check_same({"the tokenizer's fingerprint": dataset.tokenizer.fingerprint, "the count of the data": counts})
+    return dataset
+
+
+def _open_folder(
+    workdir: pathlib.Path, config: Config, allow_changes: Sequence[str], log: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Settles which run the folder holds; its result, where there is one."""
+    check_config(workdir, config, allow_changes, log)
+    return read_result(workdir)
+
+
+def _metrics(workdir: pathlib.Path, config: Config, resume_step: int | None, line: LiveLine) -> MetricsWriter | NoMetrics:
+    return MetricsWriter(workdir, config, resume_step, line) if hosts.is_primary() else NoMetrics()
 
 
 def _restore_or_init(
@@ -148,30 +212,35 @@ def _describe(run: Run, state: TrainState) -> None:
     run.line(f"{run.lengths.total:,} steps of {c.tokens_per_step:,} tokens: {run.lengths.total / run.epoch_steps:.2f} epochs.")
 
 
-def _on_device(sharding: NamedSharding, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, jax.Array]]:
-    for batch in batches:
-        yield {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+def _batches(run: Run, start_step: int) -> Iterator[dict[str, jax.Array]]:
+    with use_rules(run.config.mesh):
+        sharding = batch_sharding(run.mesh)
+    size = run.config.data.batch_size
+    for batch in train_batches(run.config, run.dataset.train, start_step, hosts.batch_rows(sharding, size)):
+        yield hosts.place_batch(sharding, batch, size)
 
 
 def _steps(run: Run, state: TrainState) -> TrainState:
     """From the state's step to the end. The metrics of a step are read only after the next one is under way."""
     config, start_step = run.config, int(state.step)
     train_step = make_train_step(config, run.lengths, run.mesh)
-    host_batches = train_batches(config, run.dataset.train, start_step, jax.process_index(), jax.process_count())
-    with use_rules(config.mesh):
-        batches = _on_device(batch_sharding(run.mesh), host_batches)
-    if start_step and run.is_due("evaluate", start_step) and not run.metrics.has(start_step, "eval/loss"):
+    batches, vote = _batches(run, start_step), hosts.StopVote(run.mesh)
+    evaluated = hosts.from_process_0(run.metrics.has(start_step, "eval/loss"))
+    if start_step and run.is_due("evaluate", start_step) and not evaluated:
         run.figures = _evaluate(run, state, start_step)  # a stop took precedence over it
     pending: tuple[int, dict[str, jax.Array]] | None = None
     for step in range(start_step + 1, run.lengths.total + 1):
-        state, metrics = train_step(state, next(batches))
+        batch = next(batches)
+        hosts.moved("step", step, patience=1 if step > start_step + 1 else math.inf)  # the first one compiles
+        state, metrics = train_step(state, batch)
+        told = vote(run.stop.received)
         if pending is not None:
             _read(run, *pending)
         pending = (step, metrics)
         run.checkpoints.poll()
         run.line.checkpoint(run.checkpoints.last_saved_step)
 
-        stops = run.stop.received and step < run.lengths.total
+        stops = told and step < run.lengths.total
         evaluates = run.is_due("evaluate", step) and not stops
         saves = run.is_due("checkpoint", step) or stops
         if evaluates or saves:
@@ -181,7 +250,7 @@ def _steps(run: Run, state: TrainState) -> TrainState:
         if saves:
             _save(run, state, step)
         if stops:
-            _stop(run, step)
+            _stop(run, step, told)
     return state
 
 
@@ -254,6 +323,8 @@ def _sample(run: Run, params: Any, step: int) -> None:
     )[0]
     text = sample.prompt + sample.text
     run.line(f"sample at step {step}:\n{text}")
+    if not hosts.is_primary():
+        return
     folder = run.workdir / "samples"
     folder.mkdir(exist_ok=True)
     (folder / f"{step:08d}.txt").write_text(text, encoding="utf-8")
@@ -265,20 +336,22 @@ def _save(run: Run, state: TrainState, step: int) -> None:
     What else than the state a checkpoint holds: where the data goes on, and the evaluation where the run is at its end.
     """
     about = {"data": {"next_step": step}, "seconds": run.seconds, "eval": run.figures, "config": to_dict(run.config)}
+    hosts.moved("checkpoint", step, patience=10)
     run.metrics.sync()
     run.checkpoints.save(step, state, about)
 
 
-def _stop(run: Run, step: int) -> None:
+def _stop(run: Run, step: int, signal_number: int) -> None:
     run.checkpoints.wait()
     if run.checkpoints.last_saved_step != step:
         raise CheckpointError(
             f"stopped at step {step}, which could not be saved; the same command goes on from the checkpoint before it."
         )
-    raise Interrupted(run.stop.received, step)
+    raise Interrupted(signal_number, step)
 
 
 def _finish(run: Run, state: TrainState) -> dict[str, Any]:
+    hosts.moved("its end", patience=10)
     run.checkpoints.wait()
     total = run.lengths.total
     if run.checkpoints.last_saved_step != total:
@@ -294,6 +367,8 @@ def _finish(run: Run, state: TrainState) -> dict[str, Any]:
         "nonfinite_steps": int(state.nonfinite_steps),
         "state_sha256": state_sha256(state),
     } | environment()
+    if not hosts.is_primary():
+        return result
     write_result(run.workdir, result)
     picture = draw_loss_curve(run.workdir)
     where = f"{run.workdir / 'result.json'}" + (f", {picture}" if picture else "")

@@ -60,7 +60,8 @@ PACKINGS = pytest.mark.parametrize("packing", ["packed", "windows"])
 def test_any_number_of_processes_gives_the_same_global_batch(folder, packing, processes):
     config, dataset = make(folder, packing=packing)
     whole = take(pipeline.train_batches(config, dataset.train), 40)
-    shares = [take(pipeline.train_batches(config, dataset.train, 0, p, processes), 40) for p in range(processes)]
+    each = np.arange(config.data.batch_size).reshape(processes, -1)
+    shares = [take(pipeline.train_batches(config, dataset.train, 0, rows), 40) for rows in each]
     for step, batch in enumerate(whole):
         parts = [share[step] for share in shares]
         assert_same(batch, {name: np.concatenate([part[name] for part in parts]) for name in batch})
@@ -227,18 +228,25 @@ def test_evaluation_covers_the_split_once_for_any_batch_size(folder, packing, ba
 def test_evaluation_by_several_processes(folder, packing):
     config, dataset = make(folder, packing=packing)
     whole = list(pipeline.eval_batches(config, dataset.eval, 12))
-    shares = [list(pipeline.eval_batches(config, dataset.eval, 12, p, 4)) for p in range(4)]
+    shares = [list(pipeline.eval_batches(config, dataset.eval, 12, rows)) for rows in np.arange(12).reshape(4, 3)]
     assert {len(share) for share in shares} == {len(whole)}
     for batch, *parts in zip(whole, *shares, strict=True):
         assert_same(batch, {name: np.concatenate([part[name] for part in parts]) for name in batch})
 
 
-def test_processes_must_divide_the_batch(folder):
+def test_a_share_need_not_be_of_neighbours(folder):
     config, dataset = make(folder)
-    with pytest.raises(UserError, match="data.batch_size=8 rows cannot be shared evenly by 3 processes"):
-        pipeline.train_batches(config, dataset.train, 0, 0, 3)
-    with pytest.raises(UserError, match="batch size=6 rows cannot be shared evenly by 4 processes"):
-        next(pipeline.eval_batches(config, dataset.eval, 6, 0, 4))
+    whole, rows = next(pipeline.train_batches(config, dataset.train, 5)), np.array([0, 3, 4, 7])
+    assert_same(
+        {name: array[rows] for name, array in whole.items()}, next(pipeline.train_batches(config, dataset.train, 5, rows))
+    )
+
+
+@pytest.mark.parametrize("share", [[], [3, 2], [7, 8], [-1]])
+def test_a_share_is_some_of_the_rows_in_order(folder, share):
+    config, dataset = make(folder)
+    with pytest.raises(ValueError, match="a batch of 8 rows"):
+        pipeline.train_batches(config, dataset.train, 0, np.array(share, np.int64))
 
 
 @PACKINGS
