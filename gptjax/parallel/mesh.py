@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 
 from gptjax.config import Config, MeshConfig, UserError
 
@@ -40,7 +41,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
     taken = devices[: math.prod(sizes.values())]
     # Auto axes: Linen's and our constraints name axes and leave the rest to the compiler.
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=taken)
+    # A pod's torus may have to be split to give the axes their sizes: 8x8x16 as fsdp 256 by tensor 4, which jax.make_mesh refuses.
+    ordered = mesh_utils.create_device_mesh(tuple(sizes.values()), taken, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(ordered, AXES, axis_types=kinds)
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> jax.sharding.AbstractMesh:
