@@ -41,7 +41,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
     taken = devices[: math.prod(sizes.values())]
     # Auto axes: Linen's and our constraints name axes and leave the rest to the compiler.
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-    # A pod's torus may have to be split to give the axes their sizes: 8x8x16 as fsdp 256 by tensor 4, which jax.make_mesh refuses.
+    # A dimension of a pod's torus may have to be split: jax.make_mesh refuses 8x8x16 chips as fsdp 256 by tensor 4.
     ordered = mesh_utils.create_device_mesh(tuple(sizes.values()), taken, allow_split_physical_axes=True)
     return jax.sharding.Mesh(ordered, AXES, axis_types=kinds)
 

@@ -111,4 +111,6 @@ def _check_slice(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
     odd = [size for size in shape[:2] if size % 2]
     if odd:
         nearest = "x".join(str(size + size % 2 if place < 2 else size) for place, size in enumerate(shape))
-        raise UserError(f"--topology={text}: hosts of 2x2 chips do not divide it; the nearest that they do is {chip.name}:{nearest}.")
+        raise UserError(
+            f"--topology={text}: hosts of 2x2 chips do not divide it; the nearest that they do is {chip.name}:{nearest}."
+        )

@@ -132,21 +132,55 @@ class Program:
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
+            if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # a TPU's is a fusion of an all-reduce and a slice, sent as what it is
             moved = sum(array.bytes for array in computation.operand_arrays(instruction))
             op_name = re.search(r'op_name="([^"]*)"', instruction.attributes)
             group = first_group(instruction.attributes)
             found.append(Collective(kind, moved, group, times, instruction.name, op_name[1] if op_name else ""))
         return [collective for collective in found if len(collective.group) > 1 or collective.kind == "collective-permute"]
 
+    def work(self) -> Iterator[tuple[float, float, int]]:
+        """(FLOPs of matrix products, bytes through the device's memory, runs) of each instruction that is no collective."""
+        for computation, instruction, times in self.running():
+            opcode = instruction.opcode
+            if computation.name in self.inside_fusion or opcode in _FREE or opcode.endswith("-done"):
+                continue
+            if opcode.removesuffix("-start") in COLLECTIVES or "all-reduce-scatter" in instruction.attribute("calls"):
+                continue
+            yield self._flops(computation, instruction), self._traffic(computation, instruction), times
+
     def memory_traffic(self) -> float:
-        """Bytes that one device reads from and writes to its memory, each fusion reading its inputs once; an upper bound where
-        the compiler keeps results on the chip without saying so.
-        """
-        return sum(
-            self._traffic(computation, instruction) * times
-            for computation, instruction, times in self.running()
-            if computation.name not in self.inside_fusion and instruction.opcode not in _FREE
-        )
+        """Bytes that one device reads from and writes to its memory, each fusion reading its inputs once; collectives apart."""
+        return sum(traffic * times for _, traffic, times in self.work())
+
+    def _flops(self, computation: Computation, instruction: Instruction) -> float:
+        if instruction.opcode in ("dot", "convolution"):
+            return product_flops(computation, instruction)
+        body = self.computations.get(instruction.attribute("calls").lstrip("%")) if instruction.opcode == "fusion" else None
+        return sum(self._flops(body, inner) for inner in body.instructions.values()) if body else 0.0
+
+    def _read(self, body: Computation, parameter: int) -> float:
+        """Bytes that a fusion reads of one of its parameters: the slices, where it only slices; all, by any other use."""
+        source = next((i for i in body.instructions.values() if i.opcode == "parameter" and i.literal == str(parameter)), None)
+        return self._read_of(body, source) if source else math.inf
+
+    def _read_of(self, body: Computation, source: Instruction) -> float:
+        total = 0.0
+        for use in body.instructions.values():
+            if source.name not in use.operands:
+                continue
+            place = use.operands.index(source.name)
+            inner = self.computations.get(use.attribute("calls").lstrip("%")) if use.opcode == "fusion" else None
+            if use.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+                total += sum(array.bytes for array in use.arrays)
+            elif use.opcode in ("bitcast", "reshape", "get-tuple-element"):
+                total += self._read_of(body, use)
+            elif inner is not None:
+                total += self._read(inner, place)
+            elif use.opcode != "dynamic-update-slice" or place != 0:
+                return math.inf
+        return total
 
     def kernels(self) -> list[str]:
         """Custom calls to hand-written kernels, whose FLOPs the compiler does not know."""
@@ -154,8 +188,6 @@ class Program:
         return sorted({target for target in targets if target in ("tpu_custom_call", "__gpu$xla.gpu.triton")})
 
     def _traffic(self, computation: Computation, instruction: Instruction) -> float:
-        if instruction.opcode.endswith("-done"):
-            return 0
         results = instruction.arrays[:1] if instruction.opcode == "copy-start" else instruction.arrays
         operands = [computation.instructions.get(name) for name in instruction.operands]
         whole = [sum(a.bytes for a in operand.arrays if a.in_hbm) if operand else 0.0 for operand in operands]
@@ -163,7 +195,8 @@ class Program:
         if instruction.opcode == "fusion":
             body = self.computations.get(instruction.attribute("calls").lstrip("%"))
             if body:
-                return _fusion_traffic(body, whole, written)
+                read = sum(min(size, self._read(body, place)) for place, size in enumerate(whole))
+                return read + _written(body, written)
         if instruction.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * written
         if instruction.opcode == "dynamic-update-slice":
@@ -171,27 +204,14 @@ class Program:
         return sum(whole) + written
 
 
-def _fusion_traffic(body: Computation, whole: list[float], written: float) -> float:
-    """Parameters that are only sliced count by their slices, and results that are updated in place by their updates."""
-    parameters = {int(i.literal): i.name for i in body.instructions.values() if i.opcode == "parameter"}
-    users: dict[str, list[Instruction]] = {}
-    for instruction in body.instructions.values():
-        for operand in instruction.operands:
-            users.setdefault(operand, []).append(instruction)
-    total = 0.0
-    for place, size in enumerate(whole):
-        uses = users.get(parameters.get(place, ""), [])
-        if uses and all(use.opcode in ("dynamic-slice", "slice", "gather") and size for use in uses):
-            size = min(size, sum(array.bytes for use in uses for array in use.arrays))
-        elif uses and all(use.opcode == "dynamic-update-slice" and use.operands[0] == parameters[place] for use in uses):
-            size = 0.0
-        total += size
+def _written(body: Computation, written: float) -> float:
+    """Bytes that a fusion writes: of results that are updated in place, only the updates."""
     for instruction in body.instructions.values():
         if instruction.opcode == "dynamic-update-slice" and written:
             update = body.instructions.get(instruction.operands[1])
             part = sum(array.bytes for array in update.arrays) if update else 0.0
             written = max(0.0, written - sum(array.bytes for array in instruction.arrays)) + part
-    return total + written
+    return written
 
 
 def product_flops(computation: Computation, instruction: Instruction) -> float:
@@ -293,7 +313,11 @@ def parse(text: str) -> Program:
     for line in text.splitlines():
         if line.startswith("}"):
             current = None
-        elif not line.startswith((" ", "\t")) and line.rstrip().endswith("{") and (head := re.match(rf"(ENTRY )?{_NAME} ?\(", line)):
+        elif (
+            not line.startswith((" ", "\t"))
+            and line.rstrip().endswith("{")
+            and (head := re.match(rf"(ENTRY )?{_NAME} ?\(", line))
+        ):
             current = computations.setdefault(head[2], Computation(head[2]))
             entry = head[2] if head[1] else entry
         elif current is not None and (instruction := _instruction(line)):
