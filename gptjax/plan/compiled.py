@@ -26,6 +26,7 @@ def prepare(topology: Topology) -> None:
     if "jax" not in sys.modules:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would ask a metadata server which TPU it is on
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is touched, so plans may be made side by side
         os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     if topology.chip.kind == "cpu":
         import jax

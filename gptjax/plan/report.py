@@ -170,6 +170,7 @@ def run_steps(config: Config) -> int | None:
 def describe(report: dict[str, Any]) -> str:
     """The plan as lines of text."""
     chip, flops, sizes = report["chip"], report["flops"], report["memory"]
+    verdict = "fits" if report["fits"] else "DOES NOT FIT"
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "1 device"
     lines = [
         f"{report['topology']}: {report['devices']} devices; mesh {mesh}",
@@ -177,7 +178,7 @@ def describe(report: dict[str, Any]) -> str:
         "",
         "memory on one device, GiB",
         *_memory_lines(sizes),
-        f"  {'total':<24}{sizes['total'] / GIB:10.2f} of {sizes['limit'] / GIB:.2f}: {'fits' if report['fits'] else 'DOES NOT FIT'}",
+        f"  {'total':<24}{sizes['total'] / GIB:10.2f} of {sizes['limit'] / GIB:.2f}: {verdict}",
         "",
         "FLOPs of one step, all devices",
         f"  {'model (6P + 12LTNH)':<24}{flops['model']:10.4g}",
@@ -188,7 +189,7 @@ def describe(report: dict[str, Any]) -> str:
         over = 100 * (flops["compiler_over_formula"] - 1)
         lines += [
             f"  {'executed, by compiler':<24}{flops['compiler']:10.4g}  ({over:+.2f} % of the formula's)",
-            f"  {'its own count':<24}{flops['cost_analysis_loops_once']:10.4g}  (cost_analysis: all operations, a loop's body once)",
+            f"  {'its own count':<24}{flops['cost_analysis_loops_once']:10.4g}  (cost_analysis: a loop's body once)",
         ]
     if report.get("collectives"):
         lines += [
