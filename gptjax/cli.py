@@ -443,8 +443,7 @@ collectives and memory traffic are read from the compiled program and multiplied
 
 Times are a roofline of the compiled program: each instruction takes the longer of its arithmetic, at --efficiency of the
 published peak, and its memory traffic; collectives take the bytes that a device sends over the links of its group, either
-hidden behind all that or in turn with it. The truth lies between the two, a slow input pipeline aside. LIBTPU_INIT_ARGS reaches
-the compiler here as it does on a TPU.
+hidden behind all that or in turn with it. The truth lies between the two, a slow input pipeline aside.
 
 Exit status 1 where the run does not fit.""",
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptjax.config import Config, UserError
+from gptjax.parallel.mesh import abstract_mesh
 from gptjax.plan import hlo, memory, roofline
 from gptjax.plan.chips import GIB, Topology
 from gptjax.plan.compiled import Compiled, compile_step, find_devices
@@ -29,12 +30,13 @@ def plan(
     if config.model.attention == "cudnn" and topology.chip.kind != "gpu":
         raise UserError(f"model.attention=cudnn runs on NVIDIA GPUs, not on {topology.name}; set model.attention=auto.")
     limit = memory_gib * GIB or topology.device_memory or _machine_memory() / topology.devices
-    mesh, estimated = memory.estimate_over(config, topology.devices)
+    mesh = abstract_mesh(config.mesh, topology.devices)
     if mesh.size != topology.devices:
         axes = ", ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "the mesh"
         raise UserError(
             f"{axes} takes {mesh.size} of the {topology.devices} devices of {topology.name}; one axis of -1 takes what is left."
         )
+    estimated = memory.estimate(config, mesh)
     stages = mesh.shape["stage"]
     report: dict[str, Any] = {
         "topology": topology.name,
