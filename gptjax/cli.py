@@ -193,6 +193,32 @@ def _shardings(config: Config, as_json: bool) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from gptjax.plan.chips import parse_topology
+    from gptjax.plan.compiled import prepare
+
+    topology = parse_topology(_required(arguments, "topology"))
+    config = recipes.load_recipe(_required(arguments, "config"), arguments.overrides)
+    prepare(topology)
+    from gptjax.plan import report, search
+
+    options = {"memory_gib": arguments.memory_gib, "efficiency": arguments.efficiency}
+    if arguments.search:
+        batch_sizes = arguments.batch_sizes or (config.data.batch_size,)
+        rows = search.search(config, topology, batch_sizes=batch_sizes, compile_best=arguments.compile_best, log=_log, **options)
+        result, text, fits = {"topology": topology.name, "search": rows}, search.describe(rows), True
+    else:
+        result = report.plan(config, topology, **options)
+        text, fits = report.describe(result), result["fits"]
+    if arguments.output:
+        _write_json(pathlib.Path(arguments.output), result)
+    if arguments.json:
+        _print_json(result)
+    else:
+        print(text)
+    return 0 if fits else 1
+
+
 # --- what the verbs share -------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +287,13 @@ def _print_json(value: Any) -> None:
     print(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False), flush=True)
 
 
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    try:
+        path.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output={path} cannot be written: {error.strerror}.") from None
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -311,6 +344,10 @@ def _rate(text: str) -> float:
     if not (math.isfinite(number) and number >= 0):
         raise argparse.ArgumentTypeError(f"{text} must be a finite number of at least 0")
     return number
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
 
 
 def _share(text: str) -> float:
@@ -409,7 +446,50 @@ GPTJAX_PROCESS_ID in its environment, or GPTJAX_DISTRIBUTED=auto.""",
     show.add_argument("--shardings", action="store_true", help="every parameter with its mesh axes and bytes on one device")
     show.add_argument("files", nargs="*", metavar="RECIPE", help="FILE.py[:ARG], a config.json or a run's folder")
     show.add_argument("--config", metavar="FILE.py[:ARG]", help="the same as a RECIPE")
+    _add_plan(verbs)
     return parser
+
+
+def _add_plan(verbs: Any) -> None:
+    plan = _verb(
+        verbs,
+        "plan",
+        _plan,
+        "Say whether a run fits hardware that is not here, what it moves and how long it takes.",
+        """examples:
+  gptjax plan --config=configs/llama_7b.py --topology=v5p:4x4x4
+  gptjax plan --config=configs/gpt2_124m.py --topology=v5e:2x2 --search --compile_best=2
+  gptjax plan --config=configs/gpt2_124m.py --topology=h100:8x16
+  gptjax plan --config=configs/shakespeare_char.py:cpu --topology=cpu:8 --config.model.vocab_size=65
+
+Topologies: TPU slices by their chips (v4, v5p, tpu7x: AxBxC; v5e, v6e: AxB; 1 for a single chip), for which libtpu compiles the
+real training step (extra: tpu; minutes, and some GiB of this machine's memory); cpu:N virtual devices; GPUs (a100, h100, h200,
+b200) as GPUs-a-node x nodes, by formula and without times. The table gives parameters, memory on one device, FLOPs by formula
+and by the compiler, collectives by kind and mesh axes, and a step's time. cost_analysis counts a loop's body once, so products,
+collectives and memory traffic are read from the compiled program and multiplied by the trips of the loops they stand in.
+
+Times are a roofline of the compiled program: each instruction takes the longer of its arithmetic, at --efficiency of the
+published peak, and its memory traffic; collectives take the bytes that a device sends over the links of its group, either
+hidden behind all that or in turn with it. The truth lies between the two, a slow input pipeline aside.
+
+Exit status 1 where the run does not fit.""",
+    )
+    plan.add_argument("--config", metavar="FILE.py[:ARG]", help="recipe, or a config.json")
+    plan.add_argument("--topology", metavar="CHIP:SHAPE", help="v5p:4x4x4, v5e:2x2, tpu7x:2x2x1, cpu:8, h100:8x16, ...")
+    plan.add_argument("--output", metavar="FILE", help="also write the plan there, as JSON")
+    plan.add_argument("--memory_gib", type=_rate, default=0.0, metavar="X", help="memory of a device, in place of the chip's")
+    plan.add_argument(
+        "--efficiency", type=_share, default=0.8, metavar="X", help="share of the peak that products reach, an assumption (0.8)"
+    )
+    plan.add_argument(
+        "--search", action="store_true", help="try data x fsdp x tensor, remat policies and micro-batches, and rank them"
+    )
+    plan.add_argument(
+        "--batch_sizes", type=_sizes, default=(), metavar="N,N", help="--search: values of data.batch_size to try too"
+    )
+    plan.add_argument(
+        "--compile_best", type=_count, default=3, metavar="N", help="--search: how many of the best are compiled (3)"
+    )
 
 
 def _verb(verbs: Any, name: str, run: Any, summary: str, epilog: str) -> argparse.ArgumentParser:

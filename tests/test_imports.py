@@ -68,6 +68,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "gptjax.generate": ("gptjax.config", "gptjax.data.tokenizers", "gptjax.model", "gptjax.parallel", "gptjax.generate"),
     "gptjax.interop": ("gptjax.config", "gptjax.data.tokenizers", "gptjax.model", "gptjax.parallel", "gptjax.interop"),
+    "gptjax.plan": ("gptjax.config", "gptjax.model", "gptjax.parallel", "gptjax.train", "gptjax.plan"),
     "gptjax.cli": ("gptjax",),
     "gptjax.__main__": ("gptjax",),
 }

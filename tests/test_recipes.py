@@ -18,6 +18,8 @@ from gptjax.train.step import init_params
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 ARGUMENTS = {
     "gpt2_124m.py": ["", "small", "medium", "large", "xl"],
+    "gpt3_175b.py": [""],
+    "llama_7b.py": [""],
     "llama_small.py": [""],
     "shakespeare_char.py": ["", "cpu", "gpu", "best"],
     "stdlib_tiny.py": [""],
@@ -57,6 +59,19 @@ def test_docstring_gives_command_cost_and_expected_score(name):
 )
 def test_gpt2_has_the_published_number_of_parameters(size, parameters):
     assert count(load("gpt2_124m.py", size, "model.vocab_size=50257")) == parameters
+
+
+def test_llama_7b_has_the_published_number_of_parameters():
+    """As transformers counts LlamaForCausalLM of Llama 2 7B's published config."""
+    assert count(load("llama_7b.py")) == 6_738_415_616
+
+
+def test_gpt3_has_the_parameters_that_its_published_sizes_make():
+    """Brown et al., 2020, table 2.1, with GPT-2's vocabulary: 12 D^2 + 13 D a block, embeddings, and the last norm."""
+    layers, width = 96, 12288
+    by_hand = layers * (12 * width**2 + 13 * width) + (50257 + 2048) * width + 2 * width
+    assert by_hand == 174_604_259_328  # about the 174,600 M that the table's sizes are known for
+    assert count(load("gpt3_175b.py", "", "model.vocab_size=50257")) == by_hand
 
 
 def test_shakespeare_cpu_has_nanogpts_number_of_parameters():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 
 from gptjax.config import Config, MeshConfig, UserError, attention_refusal
 from gptjax.parallel.pipeline import num_micro_batches
@@ -46,7 +47,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
         )
     # Auto axes: Linen's and our constraints name axes and leave the rest to the compiler.
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=taken)
+    # A dimension of a pod's torus may have to be split: jax.make_mesh refuses 8x8x16 chips as fsdp 256 by tensor 4.
+    ordered = mesh_utils.create_device_mesh(tuple(sizes.values()), taken, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(ordered, AXES, axis_types=kinds)
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> jax.sharding.AbstractMesh:
