@@ -5,7 +5,7 @@ Command:  gptjax train --config=configs/gpt3_175b.py --workdir=runs/gpt3 --confi
           The folder gpt2_bpe holds encoder.json and vocab.bpe. Ask first whether it fits:
           gptjax plan --config=configs/gpt3_175b.py --topology=v5p:8x8x16
 Cost:     300 B tokens at 1.1e12 FLOPs each are 3.2e23 FLOPs; some 13 to 21 days by experiments/plans.
-Expected: not run here; the paper's validation loss on its own mixture is 1.73.
+Expected: not run here.
 """
 
 from gptjax import config as schema

@@ -6,7 +6,7 @@ Command:  gptjax train --config=configs/llama_7b.py --workdir=runs/llama_7b --co
           tokenizer.model is a SentencePiece model of 32,000 pieces. Ask first whether it fits:
           gptjax plan --config=configs/llama_7b.py --topology=v5p:4x4x4
 Cost:     2 T tokens at 4.6e10 FLOPs each are 9.2e22 FLOPs; some 77 to 81 days by experiments/plans.
-Expected: not run here; the paper's training loss ends near 1.75.
+Expected: not run here.
 """
 
 from gptjax import config as schema

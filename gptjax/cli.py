@@ -206,17 +206,18 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.search:
         batch_sizes = arguments.batch_sizes or (config.data.batch_size,)
         rows = search.search(config, topology, batch_sizes=batch_sizes, compile_best=arguments.compile_best, log=_log, **options)
-        result, text, fits = {"topology": topology.name, "search": rows}, search.describe(rows), True
+        result: dict[str, Any] = {"topology": topology.name, "search": rows, "fits": True}
+        text = search.describe(rows)
     else:
         result = report.plan(config, topology, **options)
-        text, fits = report.describe(result), result["fits"]
+        text = report.describe(result)
     if arguments.output:
         _write_json(pathlib.Path(arguments.output), result)
     if arguments.json:
         _print_json(result)
     else:
         print(text)
-    return 0 if fits else 1
+    return 0 if result["fits"] else 1
 
 
 # --- what the verbs share -------------------------------------------------------------------------------------------------------

@@ -49,7 +49,12 @@ def search(
     rows: list[dict[str, Any]] = []
     left = compile_best if topology.chip.kind != "gpu" else 0
     for rate, _, candidate, size in fitting:
-        row = {"knobs": knobs(candidate), "estimated_bytes": size, "estimated_tokens_per_second": rate or None, "plan": None}
+        row: dict[str, Any] = {
+            "knobs": knobs(candidate),
+            "estimated_bytes": size,
+            "estimated_tokens_per_second": rate or None,
+            "plan": None,
+        }
         if left:
             log(f"compiling {describe_knobs(row['knobs'])}")
             row["plan"] = plan(candidate, topology, memory_gib=memory_gib, efficiency=efficiency)

@@ -51,7 +51,7 @@ def known_program() -> dict[str, Any]:
 
 
 def compiled(**knobs: Any) -> Compiled:
-    config = small(LLAMA, model__num_layers=3, mesh__fsdp=2, mesh__tensor=2, mesh__data=2, **knobs)
+    config = small(LLAMA, model__num_layers=2, mesh__fsdp=2, mesh__tensor=2, mesh__data=2, **knobs)
     return compile_step(config, find_devices(parse_topology(CPU)), on_cpu=False)
 
 
