@@ -33,6 +33,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
+from gptjax.model import primitives
 from gptjax.model.layers import ACTIVATIONS, MLP, PROJECTED, parameter
 from gptjax.parallel.sharding import constrain, mesh_size, spec
 
@@ -166,6 +167,12 @@ def _apply_maps(config: ModelConfig, maps: Maps, x: jax.Array, linear: Callable[
     return checkpoint_name(linear(hidden, *maps["down"]), PROJECTED)
 
 
+def _operand(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` rounded to `dtype`; on a CPU, which has no product of batches of bfloat16 summed in float32, as float32 again."""
+    x = x.astype(dtype)
+    return x.astype(jnp.float32) if primitives.hand_written() else x
+
+
 # --- with capacity ---
 
 
@@ -200,7 +207,8 @@ def _with_capacity(
     )  # here tokens go to their experts' devices
 
     def linear(x_BECI: jax.Array, kernel_EIO: jax.Array, bias_EO: jax.Array | None) -> jax.Array:
-        y = jnp.einsum("BECI,EIO->BECO", x_BECI, kernel_EIO.astype(dtype), preferred_element_type=jnp.float32)
+        operands = _operand(x_BECI, dtype), _operand(kernel_EIO, dtype)
+        y = jnp.einsum("BECI,EIO->BECO", *operands, preferred_element_type=jnp.float32)
         return (y if bias_EO is None else y + bias_EO[:, None].astype(jnp.float32)).astype(dtype)
 
     y_BECD = constrain(_apply_maps(config, maps, buffers_BECD, linear), "expert_batch", "experts", None, None)
@@ -323,7 +331,8 @@ def _grouped(
     is_real_M1 = (sorted_M < experts)[:, None]
 
     def linear(x_MI: jax.Array, kernel_EIO: jax.Array, bias_EO: jax.Array | None) -> jax.Array:
-        y_MO = jax.lax.ragged_dot(x_MI, kernel_EIO, sizes_E, preferred_element_type=jnp.float32)
+        operands = _operand(x_MI, dtype), _operand(kernel_EIO, dtype)
+        y_MO = jax.lax.ragged_dot(*operands, sizes_E, preferred_element_type=jnp.float32)
         if bias_EO is not None:
             y_MO = y_MO + jnp.take(bias_EO, sorted_M, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
         return jnp.where(is_real_M1, y_MO, 0).astype(dtype)

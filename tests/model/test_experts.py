@@ -168,6 +168,30 @@ def test_gradients_equal_differences_in_float64(case: str) -> None:
         ]
 
 
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_bfloat16_rounds_the_products_and_not_the_router(factor: float) -> None:
+    exact, rounded = (model(expert_capacity_factor=factor, gated_mlp=True, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    params, x, real = draw(exact)
+    x = x.astype(jnp.bfloat16)
+
+    def both(c: ModelConfig) -> Any:
+        def total(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+            y, stats = ExpertMLP(c).apply({"params": params}, x, real, True)
+            return (y.astype(jnp.float32) ** 2).sum(), (y, stats)
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(params, x)
+
+    (_, (expected, expected_stats)), expected_gradients = both(exact)
+    (_, (y, stats)), gradients = both(rounded)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=0, atol=0.02 * float(jnp.abs(expected).max()))
+    tree_close(stats, expected_stats, rtol=1e-6, atol=0)
+    for name in ("up", "down"):
+        assert gradients[name]["kernel"].dtype == jnp.float32
+        off = jnp.linalg.norm(gradients[name]["kernel"] - expected_gradients[name]["kernel"])
+        assert 0 < off < 0.02 * jnp.linalg.norm(expected_gradients[name]["kernel"])
+
+
 def test_room_for_all_is_dropless() -> None:
     wide, dropless = model(expert_capacity_factor=100.0), model()
     params, x, real = draw(dropless)
