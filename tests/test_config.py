@@ -78,7 +78,7 @@ REFUSED = {
     "two axes take the rest": ({"mesh.tensor": -1}, "mesh.data=-1 and mesh.tensor=-1: only one axis"),
     "wsd": ({"optimizer.schedule": "wsd"}, "optimizer.decay_steps"),
     "schedule-free": ({"optimizer.name": "schedule_free_adamw", "optimizer.beta1": 0.0}, "optimizer.beta1"),
-    "weights not held": ({"model.attention": "blockwise", "model.attention_dropout": 0.1}, "model.attention=blockwise"),
+    "weights not held": ({"model.attention": "xla", "model.attention_dropout": 0.1}, "model.attention=xla"),
     "no path": ({"data.source": "text"}, "data.path"),
     "no name": ({"data.source": "tfds"}, "data.name"),
     "no tokenizer": ({"data.tokenizer": "gpt2"}, "data.tokenizer_path"),

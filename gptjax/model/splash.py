@@ -8,12 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.model import primitives
 from gptjax.model.context import Shared, from_zigzag, gather, own_places, to_zigzag
-
-_GATHERED = "gathered_keys_and_values"
 
 
 def splash_attention(
@@ -27,7 +24,8 @@ def splash_attention(
 ) -> jax.Array:
     """Causal attention of arrays that one device holds, [B, T, N, H]; arguments as `blockwise_attention`. 128 divides T."""
     kernel = _kernel(q_BTNH.shape[1], np.arange(q_BTNH.shape[1]), q_BTNH.shape[2], window, softcap)
-    return _run(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, segment_ids_BT)
+    k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    return _run(kernel, q_BTNH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BT)
 
 
 def splash_context_attention(
@@ -46,13 +44,14 @@ def splash_context_attention(
     whole = _kernel(shared.length, places_T, q_BTNH.shape[2], window, softcap, shared.parts)
 
     # The backward pass gathers again what it needs; the rest that is kept grows with this device's share alone.
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names(_GATHERED))
+    @functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name != "all_gather")
     def attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-        k_BSKH, v_BSKH = (checkpoint_name(gather(x, shared, 1), _GATHERED) for x in (k_BTKH, v_BTKH))
+        # Gathered last, just as the kernel takes them: a copy in another order would be kept.
+        k_BKSH, v_BKSH = (gather(x.swapaxes(1, 2), shared, 2) for x in (k_BTKH, v_BTKH))
         segments_BS = None if segment_ids_BT is None else gather(segment_ids_BT, shared, 1)
         segments_BT = None if segments_BS is None else segments_BS[:, own_places(shared)]
         kernel = _own_part(whole, shared)
-        out_BTNH = _run(kernel, to_zigzag(q_BTNH, shared), k_BSKH, v_BSKH, segments_BT, segments_BS)
+        out_BTNH = _run(kernel, to_zigzag(q_BTNH, shared), k_BKSH, v_BKSH, segments_BT, segments_BS)
         return from_zigzag(out_BTNH, shared)
 
     return attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
@@ -109,10 +108,9 @@ def _own_part(kernel: Any, shared: Shared) -> Any:
     return type(kernel)(*infos, **kernel.kwargs)
 
 
-def _run(kernel: Any, q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, segments_BT: Any, segments_BS: Any) -> jax.Array:
+def _run(kernel: Any, q_BTNH: Any, k_BKSH: Any, v_BKSH: Any, segments_BT: Any, segments_BS: Any) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-    q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
-    q_BNTH = q_BNTH * jnp.asarray(q_BTNH.shape[-1] ** -0.5, q_BTNH.dtype)  # the kernel does not scale
+    q_BNTH = q_BTNH.swapaxes(1, 2) * jnp.asarray(q_BTNH.shape[-1] ** -0.5, q_BTNH.dtype)  # the kernel does not scale
     segments = None if segments_BT is None else splash_attention_kernel.SegmentIds(segments_BT, segments_BS)
     return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments).swapaxes(1, 2)

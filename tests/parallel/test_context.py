@@ -40,8 +40,8 @@ def test_losses_and_gradients_equal_those_of_one_device(found: dict[str, Any]) -
 
 
 def test_rows_evaluate_to_the_same_nats(found: dict[str, Any]) -> None:
-    for name, (one, other, _) in found["runs"].items():
-        np.testing.assert_allclose(other["rows"], one["rows"], rtol=1e-5, err_msg=name)
+    one, other = found["runs"]["learned positions"]
+    np.testing.assert_allclose(other["rows"], one["rows"], rtol=1e-5)
 
 
 def test_splash_agrees_with_dense_wherever_its_parts_lie(found: dict[str, Any]) -> None:
@@ -56,6 +56,11 @@ def test_keys_are_gathered_queries_permuted_and_no_square_is_held(found: dict[st
     assert compiled["largest"] <= 1024 * 64
     assert compiled["all-gather"] >= 1 and compiled["reduce-scatter"] >= 1
     assert compiled["collective-permute"] >= 4  # two halves of the queries there, and of the results back
+
+
+def test_gathered_keys_are_not_kept_for_the_backward_pass(found: dict[str, Any]) -> None:
+    """Of 1024 places, 2 query heads and 1 key head of 64: gathered keys on 4 devices are twice the queries."""
+    assert found["compiled"]["kept"] == found["splash compiled"]["kept"] == 1024 * 2 * 64
 
 
 def test_what_cannot_be_shared_out_is_refused(found: dict[str, Any]) -> None:

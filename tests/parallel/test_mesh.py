@@ -59,4 +59,4 @@ def test_what_does_not_divide_and_missing_devices_are_refused(found: dict[str, A
     assert "model.num_heads=4 does not divide over mesh.tensor=8" in heads
     assert "mesh.fsdp=3, mesh.tensor=4 needs 12 devices, but there are 8" in twelve
     assert "mesh.fsdp=3 takes devices by 3, which does not divide the 8" in three
-    assert "data.seq_len=12 does not divide over mesh.context=8" in length
+    assert "data.seq_len=12 does not divide over 2 * mesh.context=16" in length
