@@ -251,6 +251,8 @@ def _steps(run: Run, state: TrainState) -> TrainState:
             _save(run, state, step)
         if stops:
             _stop(run, step, told)
+        if evaluates or saves:
+            hosts.moved("the end of step", step)  # from here on the watch is impatient again
     return state
 
 

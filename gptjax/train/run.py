@@ -97,7 +97,8 @@ class RunLock:
     `run.lock` names host, process and the process's start. What excludes others is the kernel's lock (flock) on that file,
     which dies with its holder, so recovering after `kill -9` is the same atomic act as taking the lock: of many who try, one
     wins. Because file systems shared between hosts may keep flock to one host, a file that another host left is refused, with
-    the sentence how to remove it.
+    the sentence how to remove it; unless both have the same GPTJAX_JOB, a name under which a scheduler never has two starts of
+    a job alive at once.
 
     Raises `UserError` where the folder is taken.
     """
@@ -112,7 +113,8 @@ class RunLock:
         descriptor = self._lock_file()
         try:
             self._settle_with_the_one_before(_read_lock(descriptor))
-            content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": start_time(os.getpid())}) + "\n"
+            own = {"host": socket.gethostname(), "pid": os.getpid(), "started": start_time(os.getpid()), "job": _job()}
+            content = json.dumps(own) + "\n"
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, content.encode(), 0)
             os.fsync(descriptor)
@@ -169,6 +171,9 @@ class RunLock:
     def _settle_with_the_one_before(self, holder: dict[str, Any]) -> None:
         if not holder:
             return
+        if holder["host"] != socket.gethostname() and holder["job"] and holder["job"] == _job():
+            self._log(f"recovered the lock on {self.path.parent} that {_who(holder)} left, an earlier start of job {_job()}.")
+            return
         if holder["host"] != socket.gethostname():
             raise UserError(
                 f"{self.path.parent} is locked by {_who(holder)}, whose processes are not seen from {socket.gethostname()}; "
@@ -187,8 +192,13 @@ def _read_lock(descriptor: int) -> dict[str, Any]:
     """The lock's content; {} where it is empty or torn."""
     with contextlib.suppress(ValueError, TypeError, KeyError):
         content = json.loads(os.pread(descriptor, 4096, 0))
-        return {"host": str(content["host"]), "pid": int(content["pid"]), "started": str(content["started"])}
+        names = {name: str(content[name]) for name in ("host", "started")}
+        return names | {"pid": int(content["pid"]), "job": str(content.get("job", ""))}
     return {}
+
+
+def _job() -> str:
+    return os.environ.get("GPTJAX_JOB", "")
 
 
 def _read_live_lock(descriptor: int, patience: float = 1.0) -> dict[str, Any]:

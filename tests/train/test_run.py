@@ -134,6 +134,20 @@ def test_another_host_is_refused_with_the_way_out(tmp_path):
         pass
 
 
+@pytest.mark.parametrize(("theirs", "ours", "goes_on"), [("7", "7", True), ("7", "8", False), ("7", "", False), ("", "", False)])
+def test_an_earlier_start_of_the_same_job_on_another_host_is_over(tmp_path, monkeypatch, theirs, ours, goes_on):
+    monkeypatch.setenv("GPTJAX_JOB", ours)
+    (tmp_path / "run.lock").write_text(json.dumps({"host": "elsewhere", "pid": 3, "started": "x", "job": theirs}))
+    said: list[str] = []
+    if not goes_on:
+        with pytest.raises(UserError, match="process 3 on elsewhere"), run.RunLock(tmp_path, said.append):
+            pass
+        return
+    with run.RunLock(tmp_path, said.append):
+        assert json.loads((tmp_path / "run.lock").read_text())["job"] == ours
+    assert said == [f"recovered the lock on {tmp_path} that process 3 on elsewhere left, an earlier start of job 7."]
+
+
 def test_a_file_that_its_holder_removed_before_we_locked_it_is_no_lock(tmp_path, monkeypatch):
     flock, calls = run.fcntl.flock, []
 
