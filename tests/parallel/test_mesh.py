@@ -34,9 +34,9 @@ def test_initial_parameters_are_the_same_bits(found: dict[str, Any]) -> None:
 def test_parameters_are_shared_out(found: dict[str, Any]) -> None:
     held = {name: run["bytes"] for name, run in found["meshes"].items()}
     assert held["data"] == held["one"]
-    assert held["fsdp"] == held["one"] / 8
-    # Norms' vectors and biases of the residual stream are split by fsdp alone.
-    assert held["one"] / 8 < held["fsdp and tensor"] < held["one"] / 6
+    # Some vectors are split by fsdp alone, some by tensor alone.
+    for mesh in ("fsdp", "tensor", "fsdp and tensor"):
+        assert held["one"] / 8 < held[mesh] < held["one"] / 5
     assert held["fsdp and tensor"] < held["data, fsdp, tensor"] < held["one"] / 3
 
 
