@@ -20,11 +20,6 @@ EFFICIENCY = 0.8  # of the peak that large products reach; an assumption, not a 
 CHIPLET_LINKS = 12  # a TPU7x's two halves: six times an ICI dimension, whose two directions are two links (Google's TPU7x page)
 
 
-def bubble_fraction(stages: int, microbatches: int) -> float:
-    """Share of a pipeline's time in which a stage waits: (S - 1) / (M + S - 1) (Huang et al., 2019, GPipe)."""
-    return (stages - 1) / (microbatches + stages - 1)
-
-
 def recomputed_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """FLOPs that `model.remat` adds: "dots" computes attention again, "full" the block but for its last product, whose result
     no gradient needs.

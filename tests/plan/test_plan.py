@@ -244,11 +244,6 @@ def test_estimate_without_a_compiler_by_hand():
     assert parts["total"] == sum(size for name, size in parts.items() if name != "total")
 
 
-def test_bubble():
-    assert roofline.bubble_fraction(4, 12) == 3 / 15
-    assert roofline.bubble_fraction(1, 8) == 0
-
-
 def test_recomputed_flops_by_hand():
     """D 8, F 32, two heads of 4, T 12: attention is 4 T N H, full is also four products D x D and one D x F."""
     sizes = {"model.num_layers": 3, "model.model_dim": 8, "model.num_heads": 2}
