@@ -77,7 +77,7 @@ class Compiled:
 def compile_step(config: Config, devices: Sequence[Any], on_cpu: bool) -> Compiled:
     """The training step of this config on these devices, as `make_train_step` builds it.
 
-    `on_cpu=False` traces the forms that accelerators get. Raises `UserError` as the mesh does.
+    `on_cpu=False` traces the forms and the attention that a TPU gets. Raises `UserError` as the mesh does.
     """
     import jax
     import jax.numpy as jnp
@@ -92,7 +92,7 @@ def compile_step(config: Config, devices: Sequence[Any], on_cpu: bool) -> Compil
     check_divides(config, mesh)
     lengths = Lengths.of(config, 1.0)
     began = time.monotonic()
-    with primitives.use_form("hand_written" if on_cpu else "plain"):
+    with primitives.use_platform("cpu" if on_cpu else "tpu"):
         step = make_train_step(config, lengths, mesh).compiled  # type: ignore[attr-defined]
         with use_rules(config.mesh):
             rows = batch_sharding(mesh)

@@ -126,6 +126,13 @@ class Program:
             if instruction.opcode in ("dot", "convolution")
         )
 
+    def kernel_flops(self, with_loops: bool = True) -> float:
+        """FLOPs of the attention kernels' products, of which the compiler knows nothing, with the whole T x T square counted."""
+        return sum(
+            _kernel_flops(computation, instruction) * (times if with_loops else 1)
+            for computation, instruction, times in self.running()
+        )
+
     def collectives(self) -> list[Collective]:
         found = []
         for computation, instruction, times in self.running():
@@ -157,6 +164,8 @@ class Program:
     def _flops(self, computation: Computation, instruction: Instruction) -> float:
         if instruction.opcode in ("dot", "convolution"):
             return product_flops(computation, instruction)
+        if instruction.opcode == "custom-call":  # blocks above the diagonal are skipped
+            return _kernel_flops(computation, instruction) / 2
         body = self.computations.get(instruction.attribute("calls").lstrip("%")) if instruction.opcode == "fusion" else None
         return sum(self._flops(body, inner) for inner in body.instructions.values()) if body else 0.0
 
@@ -303,6 +312,23 @@ def _transposed(dims: list[int], order: list[int]) -> list[int]:
     return flat
 
 
+# How many products of queries and keys, or as large, the kernels of splash attention make.
+_SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+
+
+def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
+    """FLOPs of a splash attention kernel from its first two arrays of 4 dimensions, queries [B, N, T, H] and keys [B, K, S, H];
+    0 for any other instruction.
+    """
+    products = next((number for name, number in _SPLASH_PRODUCTS.items() if instruction.name.startswith(name)), 0)
+    if not products or instruction.opcode != "custom-call":
+        return 0.0
+    (batch, heads, length, width), (_, _, keys, _) = [
+        array.shape for array in computation.operand_arrays(instruction) if len(array.shape) == 4
+    ][:2]
+    return 2.0 * products * batch * heads * length * keys * width
+
+
 # --- reading ---------------------------------------------------------------------------------
 
 
@@ -310,8 +336,8 @@ def parse(text: str) -> Program:
     """The program of `compiled.as_text()`. Raises `ValueError` where it has no entry."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
-        if line.startswith("}"):
+    for line in _whole_lines(text):
+        if line == "}":
             current = None
         elif (
             not line.startswith((" ", "\t"))
@@ -327,6 +353,23 @@ def parse(text: str) -> Program:
     program = Program(computations, entry)
     _visit(program, entry, 1, False)
     return program
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines of a module's text, those joined that belong to one instruction: the description of a kernel may be broken into
+    several, which begin with no blank.
+    """
+    held = ""
+    for line in text.splitlines():
+        goes_on = (
+            held.startswith((" ", "\t")) and line.strip() not in ("", "}") and not line.startswith((" ", "\t", "%", "ENTRY"))
+        )
+        if goes_on:
+            held += " " + line
+            continue
+        yield held
+        held = line
+    yield held
 
 
 def _instruction(line: str) -> Instruction | None:

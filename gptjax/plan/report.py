@@ -93,10 +93,13 @@ def _add_compiled(report: dict[str, Any], config: Config, topology: Topology, co
     }
     report["memory"] |= {"parts": parts, "total": sum(parts.values())}
     program = hlo.parse(compiled.text)
+    in_kernels = program.kernel_flops()
+    report["flops"] = roofline.flops_by_formula(config, kernel=in_kernels > 0)
     executed = report["flops"]["executed"]
-    per_device = program.matmul_flops()
+    per_device = program.matmul_flops() + in_kernels
     report["flops"] |= {
         "compiler": per_device * topology.devices,
+        "in_kernels": in_kernels * topology.devices,
         "compiler_loops_once": program.matmul_flops(with_loops=False) * topology.devices,
         "cost_analysis_loops_once": compiled.flops_once * topology.devices,
         "compiler_over_formula": per_device * topology.devices / executed,
@@ -107,7 +110,10 @@ def _add_compiled(report: dict[str, Any], config: Config, topology: Topology, co
     if program.unread:
         report["notes"].append(f"loops whose trip count could not be read, counted once: {', '.join(program.unread)}.")
     if program.kernels():
-        report["notes"].append(f"kernels whose FLOPs and memory traffic are not counted: {', '.join(program.kernels())}.")
+        report["notes"].append(
+            "the attention kernels' FLOPs are counted from their shapes, for the time half of the square; their memory "
+            "traffic as what goes in and out once."
+        )
     if topology.device_peak:
         _add_times(report, config, topology, program, collectives, devices, efficiency)
 

@@ -20,22 +20,23 @@ EFFICIENCY = 0.8  # of the peak that large products reach; an assumption, not a 
 CHIPLET_LINKS = 12  # a TPU7x's two halves: six times an ICI dimension, whose two directions are two links (Google's TPU7x page)
 
 
-def recomputed_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+def recomputed_flops_per_token(model: ModelConfig, seq_len: int, kernel: bool = False) -> float:
     """FLOPs that `model.remat` adds: "dots" computes attention again, "full" the block but for its last product, whose result
-    no gradient needs.
+    no gradient needs. `kernel`: attention's backward pass is two kernels, which draw the scores twice and their gradient twice:
+    7 products in place of 4.
     """
     attention = 4.0 * seq_len * model.num_heads * model.head_dim
     projections = 4.0 * model.model_dim * model.head_dim * (model.num_heads + model.num_kv_heads)
     up = (4.0 if model.gated_mlp else 2.0) * model.model_dim * model.mlp_dim
     again = {"none": 0.0, "dots": attention, "full": attention + projections + up}[model.remat]
-    return model.num_layers * again
+    return model.num_layers * (again + (6.0 * seq_len * model.num_heads * model.head_dim if kernel else 0.0))
 
 
-def flops_by_formula(config: Config) -> dict[str, float]:
+def flops_by_formula(config: Config, kernel: bool = False) -> dict[str, float]:
     """FLOPs of one step over all devices: `model` (train/flops.py: what the MFU counts), `recomputed`, and their sum."""
     tokens = config.tokens_per_step
     model = tokens * flops_per_token(config.model, config.data.seq_len)
-    recomputed = tokens * recomputed_flops_per_token(config.model, config.data.seq_len)
+    recomputed = tokens * recomputed_flops_per_token(config.model, config.data.seq_len, kernel)
     return {"model": model, "recomputed": recomputed, "executed": model + recomputed}
 
 

@@ -193,6 +193,25 @@ ENTRY %main (l: f32[6,5,4], r: f32[6,4,3]) -> f32[6,5,3] {
     assert hlo.parse(text).matmul_flops() == 6 * 2 * 5 * 4 * 3
 
 
+def test_a_kernel_whose_description_goes_over_several_lines():
+    """Two products of 3 x 2 heads of 8 queries with 16 keys of width 4; the product behind it is not lost."""
+    text = """HloModule m
+ENTRY %main (q: bf16[3,2,8,4], k: bf16[3,1,16,4], a: f32[2,2]) -> f32[2,2] {
+  %q = bf16[3,2,8,4]{3,2,1,0} parameter(0)
+  %k = bf16[3,1,16,4]{3,2,1,0} parameter(1)
+  %a = f32[2,2]{1,0} parameter(2)
+  %splash_mha_fwd_residuals.1 = bf16[3,2,8,4]{3,2,1,0} custom-call(%q, %k), custom_call_target="tpu_custom_call", backend_config={"m":{
+"note":"{}"
+}}, metadata={op_name="f"}
+  ROOT %dot.1 = f32[2,2]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    program = hlo.parse(text)
+    assert program.kernels() == ["tpu_custom_call"]
+    assert program.kernel_flops() == 2 * (2 * 3 * 2 * 8 * 16 * 4)
+    assert program.matmul_flops() == 2 * 2 * 2 * 2
+
+
 def test_a_loop_that_cannot_be_read_is_named():
     program = hlo.parse(TPU_LOOP.replace("direction=LT", "direction=NE"))
     assert program.unread == ["loop"] and program.times["body"] == 1
