@@ -136,8 +136,10 @@ def gpu_hardware(gpu: str | None, gpus_per_node: int, nodes: int) -> Hardware:
 
 
 def environment(name: str, hardware: Hardware, extra: Sequence[str]) -> list[dict[str, Any]]:
-    """How the processes find each other. A run of one process gets nothing: there is nobody to find."""
-    env: list[dict[str, Any]] = []
+    """Whose run it is, so that a restart on other machines may take its folder over, and how the processes find each other: one
+    alone has nobody to find.
+    """
+    env: list[dict[str, Any]] = [{"name": "GPTJAX_JOB", "value": name}]
     if hardware.replicas * hardware.hosts > 1:
         if hardware.resource == "google.com/tpu":
             env.append({"name": "GPTJAX_DISTRIBUTED", "value": "auto"})  # GKE tells each TPU pod who it is, and JAX reads it

@@ -243,7 +243,7 @@ def test_slurm_joins_the_tasks(slurm, tmp_path):
     command = [sys.executable, "-c", show, "--seed=%a"]
     answer = run("slurm.sbatch", "--", *command, env=slurm)
     assert answer.returncode == 0
-    assert set(answer.stdout.split()) == {"['--seed=3']", "node7:10123", "2", "1", "4"}
+    assert set(answer.stdout.split()) == {"['--seed=3']", "node7:10123", "slurm-20123", "2", "1", "4"}
     assert called(tmp_path, "srun --ntasks") == ["srun --ntasks=2"]
     words = shlex.split(run("slurm.sbatch", "--dry-run", "--", *command, env=slurm).stdout)
     assert words[:3] == ["GPTJAX_COORDINATOR=node7:10123", "GPTJAX_NUM_PROCESSES=2", "srun"]

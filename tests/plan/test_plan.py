@@ -200,7 +200,7 @@ ENTRY %main (q: bf16[3,2,8,4], k: bf16[3,1,16,4], a: f32[2,2]) -> f32[2,2] {
   %q = bf16[3,2,8,4]{3,2,1,0} parameter(0)
   %k = bf16[3,1,16,4]{3,2,1,0} parameter(1)
   %a = f32[2,2]{1,0} parameter(2)
-  %splash_mha_fwd_residuals.1 = bf16[3,2,8,4]{3,2,1,0} custom-call(%q, %k), custom_call_target="tpu_custom_call", backend_config={"m":{
+  %splash_mha_fwd_residuals.1 = bf16[3,2,8,4]{3,2,1,0} custom-call(%q, %k), custom_call_target="tpu_custom_call", m={
 "note":"{}"
 }}, metadata={op_name="f"}
   ROOT %dot.1 = f32[2,2]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
