@@ -132,8 +132,8 @@ def test_tpu_slices(capsys):
         "cloud.google.com/gke-tpu-topology": "4x4x8",
     }
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
-    job = {"name": "GPTJAX_JOB", "value": manifest["metadata"]["name"]}
-    assert container["env"] == [job, {"name": "GPTJAX_DISTRIBUTED", "value": "auto"}]
+    whose = {"name": "GPTJAX_JOB", "value": manifest["metadata"]["name"]}
+    assert container["env"] == [whose, {"name": "GPTJAX_DISTRIBUTED", "value": "auto"}]
     assert manifest["metadata"]["annotations"] == {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     assert container["command"] == [*COMMAND[1:], "--workdir=/gcs/runs/a"]
     assert container["volumeMounts"] == [{"name": "bucket", "mountPath": "/gcs"}]
