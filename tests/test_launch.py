@@ -38,6 +38,17 @@ time.sleep(60)
 """
 
 
+@pytest.fixture(autouse=True)
+def signals_are_heard():
+    """A shell passes on which signals it ignores, and no script can undo that: under nohup, or in the background of a script."""
+    ignored = [number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT) if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def program(folder: pathlib.Path, *words: str) -> list[str]:
     """The stand-in's command: `RANK=STATUS,STATUS,...` is how a process ends at each start; the others wait for a minute."""
     return [sys.executable, "-c", PROGRAM, str(folder), *words]
