@@ -156,7 +156,8 @@ SHARDED = """
     import pathlib, sys
     import jax, jax.numpy as jnp
     jax.config.update("jax_num_cpu_devices", 8)
-    from gptjax.config import CheckpointConfig
+    from gptjax.config import CheckpointConfig, MeshConfig
+    from gptjax.parallel.mesh import make_mesh
     from gptjax.train.checkpoints import Checkpoints
     from gptjax.train.run import state_sha256
 

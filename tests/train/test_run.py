@@ -351,6 +351,8 @@ def test_state_sha256_is_independent_of_sharding():
     code = """
         import jax, jax.numpy as jnp
         jax.config.update("jax_num_cpu_devices", 8)
+        from gptjax.config import MeshConfig
+        from gptjax.parallel.mesh import make_mesh
         from gptjax.train.run import state_sha256
         state = {"w": jnp.arange(64.0).reshape(16, 4), "half": jnp.arange(8, dtype=jnp.bfloat16)}
         state["key"] = jax.random.split(jax.random.key(1), 8)
