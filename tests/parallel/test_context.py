@@ -15,11 +15,13 @@ import pytest
 from gptjax.model.context import block_size, visits
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Most of the time is the compiler's, for programs that run a few times on few numbers; the arithmetic is the same.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
     command = [sys.executable, "-W", "error", "-m", "tests.parallel.context_devices"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
