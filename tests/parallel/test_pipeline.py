@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,20 +9,12 @@ import numpy as np
 import pytest
 
 from gptjax.parallel.pipeline import bubble_fraction
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-# Most of the time is LLVM's, for programs that run four times on a few numbers.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+from tests.parallel.run_module import run_module
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
-    command = [sys.executable, "-W", "error", "-m", "tests.parallel.pipeline_devices"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return run_module("pipeline_devices")
 
 
 def pairs(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
