@@ -157,10 +157,6 @@ class Program:
                 continue
             yield self._flops(computation, instruction), self._traffic(computation, instruction), times
 
-    def memory_traffic(self) -> float:
-        """Bytes that one device reads from and writes to its memory, each fusion reading its inputs once; collectives apart."""
-        return sum(traffic * times for _, traffic, times in self.work())
-
     def _flops(self, computation: Computation, instruction: Instruction) -> float:
         if instruction.opcode in ("dot", "convolution"):
             return product_flops(computation, instruction)
