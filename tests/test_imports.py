@@ -70,6 +70,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.interop": ("gptjax.config", "gptjax.data.tokenizers", "gptjax.model", "gptjax.parallel", "gptjax.interop"),
     "gptjax.plan": ("gptjax.config", "gptjax.model", "gptjax.parallel", "gptjax.train", "gptjax.plan"),
     "gptjax.cli": ("gptjax",),
+    "gptjax.verbs": ("gptjax",),
     "gptjax.__main__": ("gptjax",),
 }
 
