@@ -10,7 +10,7 @@ import pytest
 
 from gptjax.config import ModelConfig
 from gptjax.generate.decode import generate_tokens
-from gptjax.generate.sampling import Sampling
+from gptjax.generate.settings import GenerationConfig
 from gptjax.interop import huggingface
 from gptjax.model.decoder import Decoder
 from tests import llama2c
@@ -25,8 +25,7 @@ def test_tiny_random_gpt2_continues_as_published(shared_data: pathlib.Path) -> N
         params,
         config,
         case["input"],
-        max_new_tokens=case["max_length"] - len(case["input"][0]),
-        sampling=Sampling(greedy=True),
+        settings=GenerationConfig(max_new_tokens=case["max_length"] - len(case["input"][0]), do_sample=False),
         seed=0,
         eos_id=98,
         vocab_size=config.vocab_size,
@@ -48,7 +47,13 @@ def test_stories_tells_its_story(shared_data: pathlib.Path) -> None:
     folder = shared_data / "stories260K"
     config, params = llama2c.read_model(folder / "stories260K.bin")
     generated = generate_tokens(
-        params, config, [[1]], max_new_tokens=200, sampling=Sampling(greedy=True), seed=0, eos_id=1, vocab_size=config.vocab_size
+        params,
+        config,
+        [[1]],
+        settings=GenerationConfig(max_new_tokens=200, do_sample=False),
+        seed=0,
+        eos_id=1,
+        vocab_size=config.vocab_size,
     )
     text = llama2c.decode(llama2c.read_pieces(folder / "tok512.bin", config.vocab_size), generated.tokens[0].tolist())
     assert text.strip() == (folder / "expected_greedy_200.txt").read_text(encoding="utf-8").strip()
