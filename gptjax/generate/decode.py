@@ -96,7 +96,8 @@ def generate_tokens(
     """Continues each prompt by up to `settings.max_new_tokens` tokens, or until it draws `eos_id`.
 
     A row's tokens are a function of its prompt, the settings, the seed and its number in `samples` (None: 0 for every row), and
-    not of what else is in the batch: token i is drawn by a key of (seed, sample, i). Equal prompts need different numbers to differ.
+    not of what else is in the batch: token i is drawn by a key of (seed, sample, i). Equal prompts need different numbers to
+    differ.
     `vocab_size` is the tokenizer's; ids from there on are never drawn. Compiled once for each (config, rows, bucket of the
     longest prompt, bucket of `max_new_tokens`, which processors are on), eos or none, whatever the settings.
 
