@@ -25,7 +25,7 @@ from flax import struct
 
 from gptjax.config import ModelConfig, UserError
 from gptjax.generate import forward, processors
-from gptjax.generate.processors import History
+from gptjax.generate.processors import History, Vocabulary
 from gptjax.generate.settings import GenerationConfig
 from gptjax.model.attention import Cache
 from gptjax.parallel import hosts
@@ -57,7 +57,7 @@ class _Request:
     lengths_B: Any
     samples_B: Any
     seed: Any
-    eos_id: Any  # -1: none
+    is_eos_V: Any
     vocab_size: Any
     max_new_tokens: Any
     greedy: Any
@@ -89,17 +89,17 @@ def generate_tokens(
     *,
     settings: GenerationConfig,
     seed: int,
-    eos_id: int | None,
+    eos_ids: Sequence[int],
     vocab_size: int,
     samples: Sequence[int] | None = None,
 ) -> Generated:
-    """Continues each prompt by up to `settings.max_new_tokens` tokens, or until it draws `eos_id`.
+    """Continues each prompt by up to `settings.max_new_tokens` tokens, or until it draws one of `eos_ids`.
 
     A row's tokens are a function of its prompt, the settings, the seed and its number in `samples` (None: 0 for every row), and
     not of what else is in the batch: token i is drawn by a key of (seed, sample, i). Equal prompts need different numbers to
     differ.
     `vocab_size` is the tokenizer's; ids from there on are never drawn. Compiled once for each (config, rows, bucket of the
-    longest prompt, bucket of `max_new_tokens`, which processors are on), eos or none, whatever the settings.
+    longest prompt, bucket of `max_new_tokens`, which processors are on), whatever the settings.
 
     Raises `UserError` for an empty prompt, one longer than `max_seq_len`, and ids that the tokenizer does not have.
     """
@@ -110,13 +110,14 @@ def generate_tokens(
     prompts_BP = np.zeros((len(prompts), min(bucket(int(lengths_B.max())), config.max_seq_len)), np.int32)
     for row, prompt in zip(prompts_BP, prompts, strict=True):
         row[: len(prompt)] = prompt
-    names, values = processors.plan(settings)
+    eos_ids = tuple(sorted(set(eos_ids)))
+    names, values = processors.plan(settings, Vocabulary(vocab_size, eos_ids))
     request = _Request(
         prompts_BP,
         lengths_B,
         np.zeros(len(prompts), np.int32) if samples is None else np.asarray(samples, np.int32),
         seed=np.uint32(seed),
-        eos_id=np.int32(-1 if eos_id is None else eos_id),
+        is_eos_V=np.isin(np.arange(config.vocab_size), eos_ids),
         vocab_size=np.int32(vocab_size),
         max_new_tokens=np.int32(settings.max_new_tokens),
         greedy=np.bool_(settings.greedy),
@@ -186,7 +187,7 @@ def _append(request: _Request, rows: _Rows, logits_BV: jax.Array) -> _Rows:
     keys_B = jax.vmap(lambda sample, index: jax.random.fold_in(jax.random.fold_in(key, sample), index))(
         request.samples_B, rows.lengths_B
     )
-    history = History(rows.tokens_BW, rows.lengths_B, request.lengths_B)
+    history = History(rows.tokens_BW, rows.lengths_B, request.lengths_B, request.lengths_B + request.max_new_tokens)
     logits_BV = processors.within_vocabulary(logits_BV, request.vocab_size)
     logits_BV = processors.process(request.names, request.values, logits_BV, history)
     chosen_B = processors.draw(logits_BV, keys_B, request.greedy)
@@ -197,7 +198,7 @@ def _append(request: _Request, rows: _Rows, logits_BV: jax.Array) -> _Rows:
         rows,
         tokens_BW=rows.tokens_BW.at[jnp.arange(batch), places_B].set(chosen_B, mode="drop"),
         lengths_B=rows.lengths_B + alive_B,
-        stopped_B=rows.stopped_B | (chosen_B == request.eos_id),
+        stopped_B=rows.stopped_B | request.is_eos_V[chosen_B],
         drawn=rows.drawn + 1,
     )
 

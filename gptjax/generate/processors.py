@@ -27,6 +27,7 @@ class History:
     tokens_BW: jax.Array  # prompt and continuation
     lengths_B: jax.Array  # tokens in use
     prompt_lengths_B: jax.Array
+    limits_B: jax.Array  # prompt and max_new_tokens: the length at which a row ends
 
 
 def within_vocabulary(logits_BV: jax.Array, vocab_size: jax.Array) -> jax.Array:
@@ -70,11 +71,19 @@ def keep_top_p(logits_BV: jax.Array, p: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """The ids that logits stand for."""
+
+    size: int  # of the tokenizer; ids from there on stand for nothing
+    eos_ids: tuple[int, ...]  # those that end a text
+
+
+@dataclass(frozen=True)
 class Processor:
     """One entry of the table."""
 
     is_on: Callable[[GenerationConfig], bool]
-    values: Callable[[GenerationConfig], Any]  # arrays of fixed types and shapes
+    values: Callable[[GenerationConfig, Vocabulary], Any]  # arrays of fixed types and shapes
     apply: Callable[[jax.Array, History, Any], jax.Array]  # (logits [B, V], history, values) -> logits [B, V]
 
 
@@ -83,26 +92,26 @@ PROCESSORS: dict[str, Processor] = {
     "temperature": Processor(
         lambda settings: not settings.greedy and settings.temperature != 1,
         # Far below any gap between logits, and far above what a device flushes to 0.
-        lambda settings: np.float32(max(settings.temperature, 1e-30)),
+        lambda settings, vocabulary: np.float32(max(settings.temperature, 1e-30)),
         lambda logits_BV, history, value: apply_temperature(logits_BV, value),
     ),
     "top_k": Processor(
         lambda settings: not settings.greedy and settings.top_k > 0,
-        lambda settings: np.int32(settings.top_k),
+        lambda settings, vocabulary: np.int32(settings.top_k),
         lambda logits_BV, history, value: keep_top_k(logits_BV, value),
     ),
     "top_p": Processor(
         lambda settings: not settings.greedy and settings.top_p < 1,
-        lambda settings: np.float32(settings.top_p),
+        lambda settings, vocabulary: np.float32(settings.top_p),
         lambda logits_BV, history, value: keep_top_p(logits_BV, value),
     ),
 }
 
 
-def plan(settings: GenerationConfig) -> tuple[tuple[str, ...], Values]:
+def plan(settings: GenerationConfig, vocabulary: Vocabulary) -> tuple[tuple[str, ...], Values]:
     """(names of the processors that are on, in order: fixed for a compilation; their settings: traced)."""
     names = tuple(name for name, processor in PROCESSORS.items() if processor.is_on(settings))
-    return names, {name: PROCESSORS[name].values(settings) for name in names}
+    return names, {name: PROCESSORS[name].values(settings, vocabulary) for name in names}
 
 
 def process(names: tuple[str, ...], values: Values, logits_BV: jax.Array, history: History) -> jax.Array:

@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest) -> tuple[Any, ModelConfig]:
 
 def run(model: tuple[Any, ModelConfig], prompts: list[list[int]], **changes: Any) -> decode.Generated:
     params, config = model
-    options = {"settings": GREEDY, "seed": 0, "eos_id": None, "vocab_size": config.vocab_size} | changes
+    options = {"settings": GREEDY, "seed": 0, "eos_ids": (), "vocab_size": config.vocab_size} | changes
     return generate_tokens(params, config, prompts, **options)
 
 
@@ -80,7 +80,7 @@ def test_a_row_stops_at_eos_and_the_others_go_on(model: tuple[Any, ModelConfig])
     settings = GenerationConfig(max_new_tokens=COUNT, temperature=2.0)
     plain = lists(run(model, PROMPTS, settings=settings))
     eos = plain[0][4]
-    generated = run(model, PROMPTS, settings=settings, eos_id=eos)
+    generated = run(model, PROMPTS, settings=settings, eos_ids=(eos,))
     for row, stopped, unstopped in zip(lists(generated), generated.stopped, plain, strict=True):
         assert stopped == (eos in unstopped)
         assert row == (unstopped[: unstopped.index(eos) + 1] if stopped else unstopped)
@@ -135,8 +135,8 @@ def test_lengths_of_a_bucket_and_values_of_the_settings_share_one_compilation() 
     before = decode.compiled_generate._cache_size()
     for length in range(1, 17):
         settings = GenerationConfig(length, temperature=0.55 + length / 10, top_k=1 + length % 5, top_p=1 - length / 50)
-        eos_id = None if length % 2 else 3
-        run(model, [[1] * length], settings=settings, seed=length, eos_id=eos_id, vocab_size=20 + length)
+        eos_ids = () if length % 2 else (3,)
+        run(model, [[1] * length], settings=settings, seed=length, eos_ids=eos_ids, vocab_size=20 + length)
     assert decode.compiled_generate._cache_size() == before + 1
     run(model, [[1] * 17], settings=dataclasses.replace(settings, max_new_tokens=COUNT))
     assert decode.compiled_generate._cache_size() == before + 2, "the count should see another bucket"

@@ -12,7 +12,7 @@ import pytest
 
 from gptjax.config import UserError
 from gptjax.generate import processors
-from gptjax.generate.processors import History
+from gptjax.generate.processors import History, Vocabulary
 from gptjax.generate.settings import GenerationConfig
 
 keep_top_k, keep_top_p = jax.jit(processors.keep_top_k), jax.jit(processors.keep_top_p)
@@ -22,8 +22,8 @@ LOGITS = np.random.default_rng(0).normal(0, 2, (5, 23)).astype(np.float32)
 
 def filtered(logits: np.ndarray, settings: GenerationConfig) -> jax.Array:
     ones = jnp.ones(len(logits), jnp.int32)
-    history = History(tokens_BW=ones[:, None], lengths_B=ones, prompt_lengths_B=ones)
-    names, values = processors.plan(settings)
+    history = History(tokens_BW=ones[:, None], lengths_B=ones, prompt_lengths_B=ones, limits_B=10 * ones)
+    names, values = processors.plan(settings, Vocabulary(size=logits.shape[1], eos_ids=()))
     return process(names, values, jnp.asarray(logits), history)
 
 

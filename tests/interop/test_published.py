@@ -27,7 +27,7 @@ def test_tiny_random_gpt2_continues_as_published(shared_data: pathlib.Path) -> N
         case["input"],
         settings=GenerationConfig(max_new_tokens=case["max_length"] - len(case["input"][0]), do_sample=False),
         seed=0,
-        eos_id=98,
+        eos_ids=(98,),
         vocab_size=config.vocab_size,
     )
     assert [prompt + row.tolist() for prompt, row in zip(case["input"], generated.tokens, strict=True)] == case["expected"]
@@ -52,7 +52,7 @@ def test_stories_tells_its_story(shared_data: pathlib.Path) -> None:
         [[1]],
         settings=GenerationConfig(max_new_tokens=200, do_sample=False),
         seed=0,
-        eos_id=1,
+        eos_ids=(1,),
         vocab_size=config.vocab_size,
     )
     text = llama2c.decode(llama2c.read_pieces(folder / "tok512.bin", config.vocab_size), generated.tokens[0].tolist())

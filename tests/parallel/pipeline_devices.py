@@ -78,7 +78,7 @@ def after_training(config: Config, mesh: jax.sharding.Mesh, params: Any) -> dict
     batch = {name: rows[:16] for name, rows in random_batch(config, 7).items()}
     token_bytes = np.ones(config.model.vocab_size, np.float32)
     nats = make_eval_step(config, mesh)(params, token_bytes, batch)[0]
-    options: dict[str, Any] = {"seed": 0, "eos_id": None, "vocab_size": config.model.vocab_size}
+    options: dict[str, Any] = {"seed": 0, "eos_ids": (), "vocab_size": config.model.vocab_size}
     made = generate_tokens(
         params, config.model, [[1, 2, 3], [4]], settings=GenerationConfig(max_new_tokens=8, temperature=0.8), **options
     )
