@@ -436,7 +436,7 @@ class HuggingFaceTokenizer(Tokenizer):
         pieces: list[bytes | None] = [None] * self.vocab_size
         for i in set(self._tokenizer.get_vocab(with_added_tokens=True).values()) - specials:
             # Not the vocabulary's own spelling: an added token may be decoded as the normaliser writes it.
-            pieces[i] = _decoded(self._tokenizer.id_to_token(i), decoders)
+            pieces[i] = _decoded(self._tokenizer.id_to_token(i) or "", decoders)
         return pieces
 
     def token_id(self, name: str) -> int | None:
