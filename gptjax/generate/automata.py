@@ -126,17 +126,22 @@ class TokenAutomaton:
             )
 
     def constraint(self) -> Constraint:
-        """The tables padded to their buckets. The last state is none of the automaton's: nothing leads from it."""
-        states, columns = self.next_SC.shape
-        size = bucket(states + 1)
-        dead = size - 1
-        next_SC = np.full((size, bucket(columns)), dead, np.int32)
-        next_SC[:states, :columns] = np.where(self.next_SC < 0, dead, self.next_SC)
-        distance_S = np.full(size, FAR, np.int32)
-        distance_S[:states] = self.distance_S
-        finished_S = np.zeros(size, bool)
-        finished_S[:states] = self.finished_S
+        """The tables padded to their buckets."""
+        next_SC, dead = padded(self.next_SC)
+        distance_S = np.full(dead + 1, FAR, np.int32)
+        distance_S[: self.num_states] = self.distance_S
+        finished_S = np.zeros(dead + 1, bool)
+        finished_S[: self.num_states] = self.finished_S
         return Constraint(self.classes_V, next_SC, distance_S, finished_S)
+
+
+def padded(next_SC: np.ndarray) -> tuple[np.ndarray, int]:
+    """(the table with both sides padded to their buckets, its last state, to which -1 leads and from which nothing does)."""
+    states, columns = next_SC.shape
+    dead = bucket(states + 1) - 1
+    table = np.full((dead + 1, bucket(columns)), dead, np.int32)
+    table[:states, :columns] = np.where(next_SC < 0, dead, next_SC)
+    return table, dead
 
 
 def token_automaton(

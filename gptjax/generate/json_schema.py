@@ -290,14 +290,13 @@ def _types(schema: dict[str, Any], place: str) -> list[str]:
     if not named:
         _refuse(f"{place}/type", "there is no type in it")
     known = {keyword for kind in named for keyword in _KEYWORDS[kind]}
-    for keyword in schema:
-        if keyword in _ANNOTATIONS or keyword in _ALONE or keyword == "type" or keyword in known:
-            continue
-        every = {keyword for keywords in _KEYWORDS.values() for keyword in keywords}
-        reason = f"it means nothing for the type {' or '.join(named)}" if keyword in every else "this keyword is not supported"
-        _refuse(f"{place}/{keyword}", reason)
-    if "type" in schema and "number" in named and {*_KEYWORDS["integer"]} & set(schema):
-        _refuse(f"{place}/{min({*_KEYWORDS['integer']} & set(schema))}", "limits are supported for the type integer only")
+    every = {keyword for keywords in _KEYWORDS.values() for keyword in keywords}
+    for keyword in set(schema) - _ANNOTATIONS - {*_ALONE, "type"}:
+        if keyword in _KEYWORDS["integer"] and "type" in schema and "number" in named:
+            _refuse(f"{place}/{keyword}", "limits are supported for the type integer only")
+        if keyword not in known:
+            nothing = f"it means nothing for the type {' or '.join(named)}"
+            _refuse(f"{place}/{keyword}", nothing if keyword in every else "this keyword is not supported")
     if "type" not in schema:  # a keyword speaks of one type; values of others would be valid too, and are not written
         meant = [kind for kind in named if {*_KEYWORDS[kind]} & set(schema)]
         return meant or ["object", "array", "string", "number", "boolean", "null"]
