@@ -43,23 +43,24 @@ def bucket(size: int) -> int:
 # --- on the host ------------------------------------------------------------------------------------------------------
 
 
-def token_columns(next_state: np.ndarray, classes: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+def token_columns(
+    next_state: np.ndarray, classes: np.ndarray, vocabulary: Vocabulary, vocab_size: int, *, silent: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(columns [C, S] int32, column of each id [V]): where each id's bytes lead from each state; -1 is nowhere.
 
-    `next_state` [S, byte classes] with -1, `classes` [256]. Column 0 stays where it is; it is that of ids without bytes.
-    Raises `UserError` where the distinct columns would exceed `MAX_ENTRIES`.
+    `next_state` [S, byte classes] with -1, `classes` [256]. `silent` [S]: the column of special ids, of those without bytes, and of
+    those up to `vocab_size` that the vocabulary lacks. Raises `UserError` where the distinct columns would exceed `MAX_ENTRIES`.
     """
     states = len(next_state)
     # One row more, so that nowhere leads nowhere.
     steps = [np.append(column, -1).astype(np.int32) for column in next_state.T]
     translation = classes.astype(np.uint8).tobytes()
-    start = np.arange(states + 1, dtype=np.int32)
-    start[-1] = -1
-    columns, numbers = [start], {start.tobytes(): 0}
+    columns = [np.append(np.arange(states), -1).astype(np.int32)]  # of no bytes yet
+    numbers = {columns[0].tobytes(): 0}
     walked: dict[int, int] = {}  # column number * byte classes + byte class, to the column behind that byte
     of_sequence: dict[bytes, int] = {}
-    found = np.zeros(len(vocabulary), np.int32)
-    for i, piece in enumerate(vocabulary):
+    found = np.full(vocab_size, -1)
+    for i, piece in enumerate(vocabulary[:vocab_size]):
         if not piece:
             continue
         sequence = piece.translate(translation)
@@ -76,8 +77,9 @@ def token_columns(next_state: np.ndarray, classes: np.ndarray, vocabulary: Vocab
                 at = walked[step]
             of_sequence[sequence] = at
         found[i] = of_sequence[sequence]
-    used, inverse = np.unique(np.append(0, found), return_inverse=True)
-    return np.stack([columns[number][:-1] for number in used]), inverse.reshape(-1)[1:].astype(np.int32)
+    used, classes_V = np.unique(np.append(found, -1), return_inverse=True)
+    table = np.stack([silent, *(columns[number][:-1] for number in used[1:])]).astype(np.int32)
+    return table, classes_V.reshape(-1)[:-1].astype(np.int32)
 
 
 def _check_size(states: int, columns: int) -> None:
@@ -154,8 +156,9 @@ def token_automaton(
     Raises `UserError` where no sequence of these tokens is in the language, and for too large a table.
     """
     pieces = [None if i in eos_ids else piece for i, piece in enumerate(vocabulary[:vocab_size])]
-    columns_CS, classes_V = token_columns(automaton.next_state, automaton.classes, pieces)
-    columns_CS[0] = -1  # an id without bytes would let a text stand still for ever
+    # An id without bytes would let a text stand still for ever.
+    silent = np.full(automaton.num_states, -1)
+    columns_CS, classes_V = token_columns(automaton.next_state, automaton.classes, pieces, vocab_size, silent=silent)
     next_SC = columns_CS.T
     sources, targets = edges_of(next_SC)
     distance_S = distances(sources, targets, automaton.accepting)
@@ -167,7 +170,6 @@ def token_automaton(
     next_SC = number[next_SC[kept]]  # -1 picks the last, which is -1
     accepting_S = automaton.accepting[kept]
     finished_S = accepting_S & (next_SC < 0).all(1)
-    classes_V = np.pad(classes_V, (0, vocab_size - len(classes_V)))
     if len(eos_ids):
         end = np.where(accepting_S, np.arange(len(kept)), -1).astype(np.int32)
         classes_V[np.asarray(eos_ids)] = next_SC.shape[1]

@@ -291,7 +291,7 @@ def _types(schema: dict[str, Any], place: str) -> list[str]:
         _refuse(f"{place}/type", "there is no type in it")
     known = {keyword for kind in named for keyword in _KEYWORDS[kind]}
     every = {keyword for keywords in _KEYWORDS.values() for keyword in keywords}
-    for keyword in set(schema) - _ANNOTATIONS - {*_ALONE, "type"}:
+    for keyword in sorted(set(schema) - _ANNOTATIONS - {*_ALONE, "type"}):
         if keyword in _KEYWORDS["integer"] and "type" in schema and "number" in named:
             _refuse(f"{place}/{keyword}", "limits are supported for the type integer only")
         if keyword not in known:

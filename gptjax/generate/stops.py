@@ -70,9 +70,10 @@ class StopStrings:
 
     def tables(self, vocabulary: Vocabulary, vocab_size: int) -> StopTables:
         """For use inside jit. `vocab_size` is the model's; special ids, and ids that the tokenizer lacks, write nothing."""
-        columns_CS, classes_V = token_columns(self._next_state, self._classes, vocabulary[:vocab_size])
+        stay = np.arange(len(self._next_state))
+        columns_CS, classes_V = token_columns(self._next_state, self._classes, vocabulary, vocab_size, silent=stay)
         next_SC, _ = padded(columns_CS.T)
-        return StopTables(np.pad(classes_V, (0, vocab_size - len(classes_V))), next_SC, np.int32(self._hit))
+        return StopTables(classes_V, next_SC, np.array(self._hit, np.int32))
 
 
 def _search_automaton(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray, int]:
