@@ -48,8 +48,8 @@ def token_columns(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(columns [C, S] int32, column of each id [V]): where each id's bytes lead from each state; -1 is nowhere.
 
-    `next_state` [S, byte classes] with -1, `classes` [256]. `silent` [S]: the column of special ids, of those without bytes, and of
-    those up to `vocab_size` that the vocabulary lacks. Raises `UserError` where the distinct columns would exceed `MAX_ENTRIES`.
+    `next_state` [S, byte classes] with -1, `classes` [256]. `silent` [S]: the column of special ids, of those without bytes, and
+    of those up to `vocab_size` that the vocabulary lacks. Raises `UserError` where the columns would exceed `MAX_ENTRIES`.
     """
     states = len(next_state)
     # One row more, so that nowhere leads nowhere.

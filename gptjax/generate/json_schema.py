@@ -13,10 +13,9 @@ Read are, of drafts 4 to 2020-12:
 Every other keyword is refused, naming its place; so is one that has no meaning for the types at its place.
 
 How it is written: properties in the schema's order; one space or none behind ',' and ':'; no other white space. Strings escape
-only what must be escaped, in the one way of `json.dumps`. Integers have at most 18 digits unless a limit asks for more, other
-numbers 15 before and after the point and 2 in the exponent. Dates have years from 1000 to 9999 and no 29 February. Where
-anything may stand, or an object or array whose content nothing describes, it holds values at most `ANY_DEPTH` objects or arrays
-deep.
+only what must be escaped, in the one way of `json.dumps`. Numbers have at most 18 digits before the point, integers more where
+a limit asks for it; 15 behind it and 2 in the exponent. Dates have years from 1000 to 9999 and no 29 February. Where anything
+may stand, or an object or array whose content nothing describes, it is at most `ANY_DEPTH` objects or arrays deep.
 """
 
 from __future__ import annotations

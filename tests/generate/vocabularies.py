@@ -41,33 +41,32 @@ EOS = len(VOCABULARY) - 1
 MODEL_VOCAB = 320  # more than the tokenizer's: rows of padding
 
 
-@functools.partial(jax.jit, static_argnames=("batch", "steps", "eos_id"))
-def random_answers(constraint, seed, limit, *, batch, steps, eos_id):
-    """(tokens [batch, steps], how many of them each row drew, whether it ended by itself): at most `limit` of random logits."""
+@functools.partial(jax.jit, static_argnames=("batch", "room", "eos_id"))
+def random_answers(constraint, seed, limit, *, batch, room, eos_id):
+    """(tokens [batch, room], how many of them each row drew, whether it ended by itself): at most `limit` of random logits."""
 
-    def step(carry, i):
-        state_B, length_B, stopped_B = carry
+    def step(state):
+        i, tokens_BT, state_B, length_B, stopped_B = state
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i))
-        logits_BV = 3 * jax.random.normal(keys[0], (batch, MODEL_VOCAB))
+        logits_BV = jnp.broadcast_to(3 * jax.random.normal(keys[0], (MODEL_VOCAB,)), (batch, MODEL_VOCAB))
         token_B = jax.random.categorical(keys[1], constraint.allowed(logits_BV, state_B, limit - i))
-        live_B = ~stopped_B & (i < limit)
-        state_B = jnp.where(live_B, constraint.advance(state_B, token_B), state_B)
+        state_B = jnp.where(stopped_B, state_B, constraint.advance(state_B, token_B))
         ended_B = (token_B == eos_id) if eos_id is not None else constraint.finished(state_B)
-        return (state_B, length_B + live_B, stopped_B | (live_B & ended_B)), token_B
+        return i + 1, tokens_BT.at[:, i].set(token_B), state_B, length_B + ~stopped_B, stopped_B | ended_B
 
-    # Where nothing at all may be written, a row without an end of text has stopped before it begins.
     begin_B = constraint.begin(batch)
+    # Where nothing at all may be written, a row without an end of text has stopped before it begins.
     stopped_B = constraint.finished(begin_B) & (eos_id is None)
-    carry = (begin_B, jnp.zeros(batch, jnp.int32), stopped_B)
-    (_, length_B, stopped_B), tokens_TB = jax.lax.scan(step, carry, jnp.arange(steps))
-    return tokens_TB.T, length_B, stopped_B
+    state = (0, jnp.zeros((batch, room), jnp.int32), begin_B, jnp.zeros(batch, jnp.int32), stopped_B)
+    _, tokens_BT, _, length_B, stopped_B = jax.lax.while_loop(lambda state: (state[0] < limit) & ~state[-1].all(), step, state)
+    return tokens_BT, length_B, stopped_B
 
 
-def random_texts(automaton, seed, limit, *, batch=1000, steps=48, eos_id=EOS):
+def random_texts(automaton, seed, limit, *, batch=1000, room=40, eos_id=EOS):
     """The bytes of `batch` answers; eos ends a text and stands nowhere else."""
     tokens, lengths, stopped = (
         np.asarray(x)
-        for x in random_answers(automaton.constraint(), np.uint32(seed), np.int32(limit), batch=batch, steps=steps, eos_id=eos_id)
+        for x in random_answers(automaton.constraint(), np.uint32(seed), np.int32(limit), batch=batch, room=room, eos_id=eos_id)
     )
     assert (stopped | (lengths == limit)).all()
     rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
