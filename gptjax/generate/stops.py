@@ -64,7 +64,7 @@ class StopStrings:
         """How many bytes at the end of a text could be the beginning of a stop string: a stream holds them back."""
         longest = max(map(len, self._contents)) - 1
         for size in range(min(longest, len(content)), 0, -1):
-            if any(string.startswith(content[-size:]) for string in self._contents):
+            if any(len(string) > size and string.startswith(content[-size:]) for string in self._contents):
                 return size
         return 0
 

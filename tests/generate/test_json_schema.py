@@ -262,7 +262,7 @@ def test_ends_of_integer_ranges(schema, smallest, largest):
         ({"oneOf": [POINT, {**POINT, "required": []}]}, "#/oneOf", "number 0 and number 1"),
         ({"$ref": "#"}, "#/$ref", "refers to itself"),
         ({"$ref": "other.json"}, "#/$ref", "in this document"),
-        ({"items": {"$ref": "#/$defs/a"}}, "#/items/$ref", "no '$defs'"),
+        ({"items": {"$ref": "#/$defs/a"}}, "#/items/$ref", "there is no"),
         ({"$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"}, "#/$defs/a/items/$ref", "refers to itself"),
         ({"type": "object", "required": ["a"]}, "#/required", "'a' is not among"),
         ({"additionalProperties": {"type": "string"}}, "#/additionalProperties", "only true and false"),

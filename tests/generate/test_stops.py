@@ -45,7 +45,7 @@ IDS = [
 
 
 @given(STRINGS, st.lists(st.lists(st.sampled_from(IDS), min_size=LENGTH, max_size=LENGTH), min_size=8, max_size=8))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_equals_a_search_of_the_text(strings, rows):
     stops = StopStrings(strings)
     tables = stops.tables(VOCABULARY, MODEL_VOCAB)
