@@ -71,9 +71,10 @@ def launch(workdir: pathlib.Path, at_step: int = 0, number: signal.Signals = sig
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     errors = workdir.parent / "stderr"
-    with errors.open("wb") as stderr, subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, cwd=ROOT
-    ) as launcher:
+    with (
+        errors.open("wb") as stderr,
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, cwd=ROOT) as launcher,
+    ):
         if at_step:
             wait_for_step(workdir / "metrics.jsonl", at_step, launcher)
             os.kill(process_of(launcher.pid, 1), number)
@@ -107,8 +108,8 @@ def test_a_signal_to_one_process_ends_both_and_the_same_command_goes_on(tmp_path
     killed = launch(tmp_path / "run", 35, signal.SIGKILL)
     assert killed.status == 128 + signal.SIGKILL, killed.said
     assert "going on from the checkpoint of step" in killed.said
-    (sentence,) = [line for line in killed.said.splitlines() if line.startswith("[0] gptjax: ") and "no sign of life" in line]
-    assert "process 1 on " in sentence and "it died, was stopped, or its host is gone." in sentence
+    sentences = [line for line in killed.said.splitlines() if line.startswith("[0] gptjax: ") and "no sign of life" in line]
+    assert len(sentences) == 1 and "process 1 on " in sentences[0], killed.said
     assert killed.seconds < HEARTBEAT + 15  # three beats so that others read it; and a busy machine
 
     last = launch(tmp_path / "run")
