@@ -1,4 +1,4 @@
-"""Two real training processes started by launch/local.sh: an orderly end, one told to stop, one killed; the same command each time."""
+"""Two real training processes started by launch/local.sh: one told to stop, one killed; the same command goes on each time."""
 
 from __future__ import annotations
 
