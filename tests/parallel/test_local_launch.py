@@ -40,7 +40,8 @@ OVERRIDES = {
 @dataclass
 class Ended:
     status: int
-    said: str  # standard error, each line with the number of its process
+    result: str  # standard output, each line with the number of its process
+    said: str  # standard error, likewise
     seconds: float  # from the signal to the end
 
 
@@ -59,7 +60,7 @@ def wait_for_step(metrics: pathlib.Path, step: int, launcher: subprocess.Popen[b
 
 def launch(workdir: pathlib.Path, at_step: int = 0, number: signal.Signals = signal.SIGTERM) -> Ended:
     """`local.sh 2 -- python -m gptjax train`; when the run has logged `at_step` (0: never), process 1 gets the signal."""
-    command = [ROOT / "launch/local.sh", "--devices-per-process=1", "2", "--", sys.executable, "-m", "gptjax", "train"]
+    command = [ROOT / "launch/local.sh", "--devices-per-process=1", "2", "--", sys.executable, "-m", "gptjax", "train", "--json"]
     command += [f"--config={ROOT / 'configs/stdlib_tiny.py'}", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
     environment = os.environ | {
@@ -70,10 +71,11 @@ def launch(workdir: pathlib.Path, at_step: int = 0, number: signal.Signals = sig
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    errors = workdir.parent / "stderr"
+    output, errors = workdir.parent / "stdout", workdir.parent / "stderr"
     with (
+        output.open("wb") as stdout,
         errors.open("wb") as stderr,
-        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, cwd=ROOT) as launcher,
+        subprocess.Popen(command, env=environment, stdout=stdout, stderr=stderr, cwd=ROOT) as launcher,
     ):
         if at_step:
             wait_for_step(workdir / "metrics.jsonl", at_step, launcher)
@@ -83,7 +85,7 @@ def launch(workdir: pathlib.Path, at_step: int = 0, number: signal.Signals = sig
             status = launcher.wait(timeout=300)
         finally:
             launcher.terminate()  # and with it all that it started
-    return Ended(status, errors.read_text(encoding="utf-8"), time.monotonic() - began)
+    return Ended(status, output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8"), time.monotonic() - began)
 
 
 def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
@@ -98,6 +100,9 @@ def state(workdir: pathlib.Path) -> str:
 def test_a_signal_to_one_process_ends_both_and_the_same_command_goes_on(tmp_path):
     undisturbed = launch(tmp_path / "undisturbed")
     assert undisturbed.status == 0, undisturbed.said
+    # One line of process 0's, though the library that joins the processes writes to standard output too.
+    number, _, text = undisturbed.result.partition(" ")
+    assert number == "[0]" and json.loads(text)["steps"] == STEPS, undisturbed.result
 
     told = launch(tmp_path / "run", 10, signal.SIGTERM)
     assert told.status == 75, told.said
