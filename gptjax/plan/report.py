@@ -114,8 +114,11 @@ def _add_compiled(report: dict[str, Any], config: Config, topology: Topology, co
             "the attention kernels' FLOPs are counted from their shapes, for the time half of the square; their memory "
             "traffic as what goes in and out once."
         )
-    if topology.chip.kind == "cpu" and config.model.num_experts and not config.model.expert_capacity_factor:
-        report["notes"].append("XLA's CPU backend multiplies each token with every dropless expert, which the formula does not.")
+    if config.model.num_experts and not config.model.expert_capacity_factor:
+        report["notes"].append(
+            "of dropless experts the formula counts the rows that tokens choose; their grouped products are compiled with room for "
+            "the worst case, and on a CPU for each token with every expert."
+        )
     if topology.device_peak:
         _add_times(report, config, topology, program, collectives, devices, efficiency)
 
