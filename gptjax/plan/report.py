@@ -116,8 +116,8 @@ def _add_compiled(report: dict[str, Any], config: Config, topology: Topology, co
         )
     if config.model.num_experts and not config.model.expert_capacity_factor:
         report["notes"].append(
-            "of dropless experts the formula counts the rows that tokens choose; their grouped products are compiled with room for "
-            "the worst case, and on a CPU for each token with every expert."
+            "of dropless experts the formula counts the rows that tokens choose; their grouped products are compiled with room "
+            "for the worst case, and on a CPU for each token with every expert."
         )
     if topology.device_peak:
         _add_times(report, config, topology, program, collectives, devices, efficiency)
