@@ -44,7 +44,7 @@ def activation_floats(config: Config, tensor: int) -> dict[str, float]:
     return {
         "full": m.model_dim,
         "dots": heads + 2 * kv + ups * mlp + 2 * m.model_dim,
-        "none": 4 * m.model_dim + 2 * heads + 2 * mlp,
+        "none": 4 * m.model_dim + 2 * heads + 2 * mlp + (heads + kv if m.query_key_norm else 0),
         "mlp": (ups + 1) * mlp,
     }
 
