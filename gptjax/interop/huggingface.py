@@ -216,9 +216,9 @@ def prepare(config: ModelConfig, flat: dict[str, Any], dtype: str = "", source: 
     """What is to be written of a model; `flat` is {path: array}.
 
     `dtype`: float32, bfloat16 or float16 for all tensors; "": those of the folder that the model was read from, which `source`
-    tells ({"architecture", "kinds"}), else the parameters' own. Raises `UserError` where no architecture expresses the model.
+    tells ({"format", "architecture", "kinds"}), else the parameters' own. Raises `UserError` where no architecture expresses the model.
     """
-    source = source or {}
+    source = source if source and source.get("format") == "huggingface" else {}
     kind = str(source.get("architecture", ""))
     if kind not in ARCHITECTURES or _lost(kind, config):
         kind = architecture_for(config)

@@ -38,6 +38,20 @@ def from_folder(folder: pathlib.Path) -> tuple[Tokenizer | None, str]:
     return None, f"{folder} has none of {looked_for}"
 
 
+def from_path(path: pathlib.Path) -> tuple[Tokenizer | None, str]:
+    """As `from_folder`, of a folder or of one of its files."""
+    if path.is_dir():
+        return from_folder(path)
+    if not path.is_file():
+        return None, f"{path} does not exist"
+    kind = HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+    name = "tokenizer.json" if path.suffix == ".json" else "sentencepiece.model"
+    try:
+        return kind.from_files({name: path.read_bytes()}), ""
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} holds no tokenizer: {str(error).splitlines()[0].rstrip('.')}.") from None
+
+
 def to_folder(folder: pathlib.Path, tokenizer: Tokenizer) -> list[str]:
     """Writes the tokenizer for transformers, where it can be expressed; what is to be said where it cannot."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
