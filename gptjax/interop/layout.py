@@ -25,7 +25,7 @@ from flax import linen as nn
 
 from gptjax.config import ModelConfig, UserError
 from gptjax.interop.safetensors import Write
-from gptjax.interop.tensors import ENCODINGS, Tensors
+from gptjax.interop.tensors import CHUNK_BYTES, ENCODINGS, Tensors
 from gptjax.model.decoder import Decoder
 
 
@@ -157,27 +157,36 @@ def nested(flat: Mapping[str, Any]) -> Any:
 
 
 def writes(rows: Sequence[Row], config: ModelConfig, flat: Mapping[str, Any], kind_of: Callable[[str], str]) -> Iterator[Write]:
-    """The tensors of a file in the order of the table; each is made when it is written. `flat` is {path: array}."""
+    """The tensors of a file in the order of the table; each is made while it is written. `flat` is {path: array}."""
     parts: dict[str, list[tuple[Row, int | None]]] = {}
     for row in rows:
         for layer in _layers(row, config):
             parts.setdefault(_name(row, layer), []).append((row, layer))
     for name, pieces in parts.items():
         kind = kind_of(name)
-        make = functools.partial(_gather, pieces, config, flat, ENCODINGS[kind].dtype)
+        make = functools.partial(_pieces, pieces, config, flat, ENCODINGS[kind].dtype)
         yield name, kind, file_shape(pieces[0][0], config), make
 
 
-def _gather(
+def _pieces(
     pieces: Sequence[tuple[Row, int | None]], config: ModelConfig, flat: Mapping[str, Any], dtype: np.dtype
-) -> np.ndarray:
-    size, row = sizes(config), pieces[0][0]
-    array = np.empty([size[letter] for letter in row.letters], dtype)
-    for row, layer in pieces:
-        parameter = np.asarray(flat[row.path])
-        place: Any = tuple(row.part if letter == "3" else slice(None) for letter in row.letters)
-        array[place] = _in_file_order(row, config, parameter if layer is None else parameter[layer])
-    return array.reshape(file_shape(row, config))
+) -> Iterator[np.ndarray]:
+    """A file's tensor from front to back: what is one parameter in chunks, what is fused of several at once."""
+    views = [
+        _in_file_order(row, config, np.asarray(flat[row.path]) if layer is None else np.asarray(flat[row.path])[layer])
+        for row, layer in pieces
+    ]
+    if len(pieces) == 1:
+        (view,) = views
+        count = max(1, CHUNK_BYTES // (view[:1].size * dtype.itemsize))
+        for start in range(0, len(view), count):
+            yield np.ascontiguousarray(view[start : start + count], dtype)
+        return
+    size = sizes(config)
+    fused = np.empty([size[letter] for letter in pieces[0][0].letters], dtype)
+    for (row, _), view in zip(pieces, views, strict=True):
+        fused[tuple(row.part if letter == "3" else slice(None) for letter in row.letters)] = view
+    yield fused
 
 
 def matches(pattern: str) -> Callable[[str], bool]:

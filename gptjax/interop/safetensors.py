@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,8 +105,8 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 # --- writing --------------------------------------------------------------------------------------------------------------------
 
-# name, kind, shape, and what makes the array when its turn comes
-Write = tuple[str, str, tuple[int, ...], Callable[[], np.ndarray]]
+# name, kind, shape, and what makes the tensor's numbers, in arrays one after the other, when its turn comes
+Write = tuple[str, str, tuple[int, ...], Callable[[], Iterable[np.ndarray]]]
 
 
 def write_folder(folder: pathlib.Path, tensors: Sequence[Write], max_shard_bytes: int) -> list[str]:
@@ -144,7 +144,7 @@ def _shards(tensors: Sequence[Write], limit: int) -> Iterator[list[Write]]:
 
 
 def write_file(path: pathlib.Path, tensors: Sequence[Write]) -> None:
-    """One file; each array is made when it is written and let go after."""
+    """One file; arrays are made when they are written and let go after."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     at = 0
     for tensor in tensors:
@@ -156,6 +156,9 @@ def write_file(path: pathlib.Path, tensors: Sequence[Write]) -> None:
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, kind, shape, make in tensors:
-            array = make()
-            assert array.shape == shape and array.dtype == ENCODINGS[kind].dtype, name
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            left = math.prod(shape)
+            for array in make():
+                assert array.dtype == ENCODINGS[kind].dtype, name
+                left -= array.size
+                file.write(array.reshape(-1).view(np.uint8).data)
+            assert left == 0, name

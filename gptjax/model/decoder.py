@@ -82,9 +82,10 @@ class Embedding(nn.Module):
             )
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        x_BTD = _look_up(self.tokens, tokens_BT)
+        dtype = jnp.promote_types(self.config.param_dtype, self.config.dtype)  # a sum of bfloat16 tables must not round to them
+        x_BTD = _look_up(self.tokens, tokens_BT).astype(dtype)
         if self.config.position == "learned":
-            x_BTD = x_BTD + _look_up(self.positions, positions_BT)
+            x_BTD = x_BTD + _look_up(self.positions, positions_BT).astype(dtype)
         return x_BTD.astype(self.config.dtype)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -107,7 +107,7 @@ def import_model(
         if found:
             run.write_json(folder / "verify.json", found)
             _judge(found)
-        state = {"params": jax.tree.map(jnp.asarray, params)}
+        state = {"params": jax.tree.map(functools.partial(jax.device_put, may_alias=True), params)}
         del params
         checkpoint = dataclasses.replace(config.checkpoint, asynchronous=False, max_failures=1)
         with Checkpoints(folder / "checkpoints", checkpoint, log) as checkpoints:
