@@ -114,7 +114,9 @@ def _number(source: Source, key: str) -> int:
     return value
 
 
-def _pairs(ours: str, theirs: str, ours_bias: str | None, kernel: tuple[str, str], bias: tuple[str, str], part: int = 0) -> list[Row]:
+def _pairs(
+    ours: str, theirs: str, ours_bias: str | None, kernel: tuple[str, str], bias: tuple[str, str], part: int = 0
+) -> list[Row]:
     """The rows of a linear map: its kernel, and its bias where it has one."""
     rows = [Row(f"{ours}/kernel", kernel[0], f"{theirs}.weight", kernel[1], part)]
     return rows + ([Row(f"{ours}/{ours_bias}", bias[0], f"{theirs}.bias", bias[1], part)] if ours_bias else [])
@@ -223,7 +225,9 @@ def _qwen_window(source: Source) -> Knobs:
     """All layers have the window, or none: those from `max_window_layers` on, or as `layer_types` says."""
     window = source.values.get("sliding_window", 4096) if source.get("use_sliding_window", False) else None
     layers, first = _number(source, "num_hidden_layers"), source.get("max_window_layers", 28)
-    types = source.get("layer_types", [("sliding_attention" if window and i >= first else "full_attention") for i in range(layers)])
+    types = source.get(
+        "layer_types", [("sliding_attention" if window and i >= first else "full_attention") for i in range(layers)]
+    )
     if len(set(types)) > 1 or len(types) != layers:
         key = "layer_types" if "layer_types" in source.values else "max_window_layers"
         raise source.refuse(key, "gives some layers a sliding window and others none; the decoder knows one for all.")
@@ -236,9 +240,7 @@ def _write_qwen_window(config: ModelConfig) -> dict[str, Any]:
     return shared | {"max_window_layers": 0 if window else config.num_layers}
 
 
-def _llama_like(
-    classes: str, keys: Mapping[str, Key], fixed: Knobs, window: bool, **more: Any
-) -> Architecture:
+def _llama_like(classes: str, keys: Mapping[str, Key], fixed: Knobs, window: bool, **more: Any) -> Architecture:
     return Architecture(
         classes=classes,
         keys=_LLAMA_KEYS | keys,

@@ -36,5 +36,7 @@ def _guess(path: pathlib.Path) -> str:
             "transformers' save_pretrained(folder, safe_serialization=True) writes it."
         )
     if path.suffix == ".safetensors":
-        raise UserError(f"{path} is one file of a Hugging Face folder; name the folder, {path.parent}, which has config.json too.")
+        raise UserError(
+            f"{path} is one file of a Hugging Face folder; name the folder, {path.parent}, which has config.json too."
+        )
     return "llama2c"

@@ -167,7 +167,9 @@ def _scaling(source: Source, kind: str) -> Knobs:
     if named == "none":
         return {}
     if named not in ("linear", "yarn"):
-        raise source.refuse(f"{kind}.rope.scaling.type", "is not among those that the decoder reads from GGUF: none, linear, yarn.")
+        raise source.refuse(
+            f"{kind}.rope.scaling.type", "is not among those that the decoder reads from GGUF: none, linear, yarn."
+        )
     knobs = {"rope_scaling": named, "rope_scaling_factor": _get(source, kind, "rope.scaling.factor")}
     if named == "yarn":
         knobs["rope_original_max_seq_len"] = _get(source, kind, "rope.scaling.original_context_length", 0)
@@ -274,14 +276,18 @@ def _llama3_of(path: pathlib.Path, tensors: Tensors, knobs: Knobs) -> Knobs:
         expected = ROPE_SCALING["llama3"](model)
         if expected.shape == divisors.shape and np.allclose(1 / divisors, expected, rtol=1e-4):
             return scaling
-    raise UserError(f"{path}: the frequencies' divisors in rope_freqs.weight are not those of Llama 3.1 or 3.2, the only ones known.")
+    raise UserError(
+        f"{path}: the frequencies' divisors in rope_freqs.weight are not those of Llama 3.1 or 3.2, the only ones known."
+    )
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------------------
 
 
 def _tokenizer(source: Source) -> FoundTokenizer:
-    values = {key.removeprefix("tokenizer.ggml."): value for key, value in source.values.items() if key.startswith("tokenizer.ggml.")}
+    values = {
+        key.removeprefix("tokenizer.ggml."): value for key, value in source.values.items() if key.startswith("tokenizer.ggml.")
+    }
     pieces, model, pre = values.get("tokens"), values.get("model"), values.get("pre", "gpt-2")
     if not pieces:
         return None, f"{source.path} holds no tokenizer"

@@ -95,9 +95,7 @@ def named_rows(architecture: Architecture, config: ModelConfig, prefix: str, hea
     return rows if config.tied_embeddings else [*rows, Row("head", "DV", head, "V D")]
 
 
-def _ignored(
-    architecture: Architecture, tensors: Tensors, prefix: str, head: str, tied: bool
-) -> Callable[[str], bool]:
+def _ignored(architecture: Architecture, tensors: Tensors, prefix: str, head: str, tied: bool) -> Callable[[str], bool]:
     """Whether a tensor that is not used may be there: it holds no parameters, or the embedding once more."""
     embedding = next(prefix + row.name for row in _embedding(architecture))
 

@@ -96,7 +96,9 @@ def check(rows: Sequence[Row], config: ModelConfig, tensors: Tensors, ignored: C
             if name not in tensors:
                 raise UserError(f"{tensors.source} has no tensor {name}.")
             if tensors[name].shape != shape:
-                raise UserError(f"{tensors.source}: the tensor {name} has shape {tensors[name].shape}, but its config asks for {shape}.")
+                raise UserError(
+                    f"{tensors.source}: the tensor {name} has shape {tensors[name].shape}, but its config asks for {shape}."
+                )
             tensors.check_kind(name)
             used.add(name)
     for name in sorted(set(tensors) - used):
@@ -122,7 +124,9 @@ def _fill_one(row: Row, config: ModelConfig, tensors: Tensors, name: str, parame
     target = _in_file_order(row, config, parameter)
     letters, size = row.letters, sizes(config)
     first = row.theirs.split()[0]
-    step = math.prod(size[letter] for letter in first[1:])  # rows of the file's first axis that one index of its first letter takes
+    step = math.prod(
+        size[letter] for letter in first[1:]
+    )  # rows of the file's first axis that one index of its first letter takes
     for start, stop in tensors.chunks(name, step):
         chunk = tensors.rows(name, start, stop)
         place, chunk = slice(start // step, stop // step), chunk.reshape(-1, *(size[letter] for letter in letters[1:]))

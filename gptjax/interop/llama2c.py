@@ -80,9 +80,7 @@ def _knobs(header: dict[str, int], tied: bool) -> dict[str, Any]:
     }
 
 
-def _places(
-    path: pathlib.Path, header: dict[str, int], tied: bool, at: int, versioned: bool
-) -> tuple[dict[str, Stored], int]:
+def _places(path: pathlib.Path, header: dict[str, int], tied: bool, at: int, versioned: bool) -> tuple[dict[str, Stored], int]:
     """Where each tensor lies, one a layer, and where the last one ends."""
     dim, mlp, vocab, length = (header[name] for name in ("dim", "hidden_dim", "vocab_size", "max_seq_len"))
     width = dim // header["n_heads"]
@@ -160,6 +158,6 @@ def read_tokenizer(path: pathlib.Path, vocab_size: int) -> Tokenizer:
     try:
         return tokens.sentencepiece_from_lists(texts, scores, types, special)
     except RuntimeError as error:
-        raise UserError(f"{path} holds no tokenizer that SentencePiece takes: {str(error).splitlines()[0].rstrip('.')}.") from None
-
-
+        raise UserError(
+            f"{path} holds no tokenizer that SentencePiece takes: {str(error).splitlines()[0].rstrip('.')}."
+        ) from None

@@ -116,5 +116,3 @@ def writer(base_key: str = "rope_theta", fraction_key: str = "") -> Callable[[Mo
         return values | {"rope_scaling": {"rope_type": config.rope_scaling, **scaling}}
 
     return write
-
-

@@ -74,7 +74,9 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
         if not 0 <= start <= end or min(shape, default=1) < 0:
             raise UserError(f"{path} cannot be read as safetensors: the place of its tensor {name} makes no sense.")
         if kind in ENCODINGS and tensor.num_bytes != end - start:
-            raise UserError(f"{path}: the tensor {name} {shape} of type {kind} takes {tensor.num_bytes} bytes, not {end - start}.")
+            raise UserError(
+                f"{path}: the tensor {name} {shape} of type {kind} takes {tensor.num_bytes} bytes, not {end - start}."
+            )
         if 8 + length + end > size:
             raise UserError(f"{path} is truncated: its tensor {name} ends at byte {8 + length + end} of {size}.")
         stored[name] = tensor

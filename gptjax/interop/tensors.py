@@ -95,7 +95,9 @@ class Tensors(Mapping[str, Stored]):
             raise UserError(f"{stored.path}: the tensor {name} is of type {stored.kind}; read are {', '.join(ENCODINGS)}.")
         block = ENCODINGS[stored.kind].block
         if block > 1 and (not stored.shape or stored.shape[-1] % block):
-            raise UserError(f"{stored.path}: the rows of {name} {stored.shape} are not whole blocks of {block}, as {stored.kind} is.")
+            raise UserError(
+                f"{stored.path}: the rows of {name} {stored.shape} are not whole blocks of {block}, as {stored.kind} is."
+            )
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the tensor's first axis, decoded: a new array. Raises `UserError` where the file ends early."""

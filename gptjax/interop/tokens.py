@@ -33,7 +33,9 @@ def from_folder(folder: pathlib.Path) -> tuple[Tokenizer | None, str]:
         try:
             return tokenizer.from_files({own: path.read_bytes() for own, path in zip(ours, paths, strict=True)}), ""
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"{' and '.join(map(str, paths))} hold no tokenizer: {str(error).splitlines()[0].rstrip('.')}.") from None
+            raise UserError(
+                f"{' and '.join(map(str, paths))} hold no tokenizer: {str(error).splitlines()[0].rstrip('.')}."
+            ) from None
     looked_for = ", ".join(" + ".join(names) for names, _, _ in _IN_FOLDER)
     return None, f"{folder} has none of {looked_for}"
 
@@ -77,7 +79,9 @@ def _write(folder: pathlib.Path, files: dict[str, bytes]) -> None:
 
 
 def _describe(folder: pathlib.Path, name: str, more: dict[str, object]) -> None:
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, **more}, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": name, **more}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 # --- from lists of pieces ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ def check_installed() -> None:
     try:
         _packages()
     except ImportError as error:
-        raise UserError(f"--verify compares with transformers, but {error.name} is missing: pip install 'gptjax[parity]'.") from None
+        raise UserError(
+            f"--verify compares with transformers, but {error.name} is missing: pip install 'gptjax[parity]'."
+        ) from None
 
 
 def _packages() -> tuple[Any, Any]:

@@ -134,7 +134,9 @@ class Checkpoints:
             if _is_primary():
                 self._prepare(save.folder, about)
             with _orbax():
-                response = ocp.save_async(save.folder / "arrays", {name: _own(leaf) if copied else leaf for name, leaf in leaves.items()})
+                response = ocp.save_async(
+                    save.folder / "arrays", {name: _own(leaf) if copied else leaf for name, leaf in leaves.items()}
+                )
         except (OSError, ValueError, RuntimeError) as error:  # ValueError: tensorstore's, for every refusal of the disk
             self._abandon(save, error)
         else:

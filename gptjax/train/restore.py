@@ -74,7 +74,9 @@ def load_params(
 
 def _needed(config: Config, state: TrainState) -> TrainState:
     """The part of a state that `evaluation_params` looks at; a converted model's checkpoint holds no more."""
-    nothing = TrainState(step=None, params=None, opt_state=None, ema_params=None, seed=None, nonfinite_steps=None, nonfinite_streak=None)
+    nothing = TrainState(
+        step=None, params=None, opt_state=None, ema_params=None, seed=None, nonfinite_steps=None, nonfinite_streak=None
+    )
     if state.ema_params is not None:
         return nothing.replace(ema_params=state.ema_params)
     opt_state = state.opt_state if config.optimizer.name == "schedule_free_adamw" else None

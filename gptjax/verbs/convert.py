@@ -23,15 +23,28 @@ def add(verbs: Any) -> None:
   gptjax convert --workdir=runs/shakespeare --to=huggingface --output=shakespeare-hf --verify""",
     )
     parser.add_argument("--from", dest="source", metavar="PATH", help="a Hugging Face folder, a .gguf file or a llama2.c file")
-    parser.add_argument("--format", choices=("huggingface", "gguf", "llama2c"), help="of --from; by default it is told by what is there")
-    parser.add_argument("--tokenizer", default="", metavar="PATH", help="with --from: a tokenizer file or folder in place of its own; none: without")
+    parser.add_argument(
+        "--format", choices=("huggingface", "gguf", "llama2c"), help="of --from; by default it is told by what is there"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="",
+        metavar="PATH",
+        help="with --from: a tokenizer file or folder in place of its own; none: without",
+    )
     parser.add_argument("--workdir", metavar="DIR", help="a run's folder")
     parser.add_argument("--to", choices=("huggingface",), help="what becomes of --workdir")
     parser.add_argument("--step", type=count, metavar="N", help="a checkpoint's step; by default the newest intact one")
-    parser.add_argument("--max_shard_size", type=_size, default=_size("5GB"), metavar="SIZE", help="of a file of weights, as in 500MB (5GB)")
+    parser.add_argument(
+        "--max_shard_size", type=_size, default=_size("5GB"), metavar="SIZE", help="of a file of weights, as in 500MB (5GB)"
+    )
     parser.add_argument("--output", metavar="DIR", help="a folder that is not there yet, or is empty")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="", help="of the weights; by default as they are stored")
-    parser.add_argument("--verify", action="store_true", help="compare logits with transformers and write verify.json (extra: parity)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="", help="of the weights; by default as they are stored"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare logits with transformers and write verify.json (extra: parity)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,7 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
                 verified=arguments.verify,
             )
     except OSError as error:
-        return fault(f"{error.filename or output} cannot be written or read: {error.strerror}; nothing is left of --output={output}.", 1)
+        return fault(
+            f"{error.filename or output} cannot be written or read: {error.strerror}; nothing is left of --output={output}.", 1
+        )
     except (CheckpointError, convert.VerificationFailed) as error:
         return fault(str(error), 1)
     if arguments.json:

@@ -105,7 +105,13 @@ HEADS, KV, H = 4, 2, 16
 
 
 def metadata(kind: str, **more: Any) -> dict[str, Any]:
-    values = {"block_count": LAYERS, "embedding_length": D, "feed_forward_length": F, "context_length": S, "attention.head_count": HEADS}
+    values = {
+        "block_count": LAYERS,
+        "embedding_length": D,
+        "feed_forward_length": F,
+        "context_length": S,
+        "attention.head_count": HEADS,
+    }
     if kind == "gpt2":
         values["attention.layer_norm_epsilon"] = 1e-5
     else:
@@ -120,7 +126,14 @@ def arrays(kind: str, tied: bool = False) -> dict[str, np.ndarray]:
     shapes |= {} if tied else {"output.weight": (V, D)}
     if kind == "gpt2":
         shapes |= {"position_embd.weight": (S, D), "output_norm.bias": (D,)}
-        block = {"attn_qkv": (3 * D, D), "attn_output": (D, D), "ffn_up": (F, D), "ffn_down": (D, F), "attn_norm": (D,), "ffn_norm": (D,)}
+        block = {
+            "attn_qkv": (3 * D, D),
+            "attn_output": (D, D),
+            "ffn_up": (F, D),
+            "ffn_down": (D, F),
+            "attn_norm": (D,),
+            "ffn_norm": (D,),
+        }
         biased = set(block)
     else:
         block = {"attn_q": (HEADS * H, D), "attn_k": (KV * H, D), "attn_v": (KV * H, D), "attn_output": (D, HEADS * H)}
@@ -177,7 +190,12 @@ def test_gpt2_with_a_copy_of_the_embedding_as_its_head(tmp_path: pathlib.Path) -
     plain = arrays("gpt2")
     plain["output.weight"] = plain["token_embd.weight"]
     config, params = read(write(tmp_path / "m", metadata("gpt2"), {name: encoded(array, "F32") for name, array in plain.items()}))
-    assert (config.position, config.activation, config.norm_epsilon, config.tied_embeddings) == ("learned", "gelu_tanh", 1e-5, True)
+    assert (config.position, config.activation, config.norm_epsilon, config.tied_embeddings) == (
+        "learned",
+        "gelu_tanh",
+        1e-5,
+        True,
+    )
     fused = plain["blk.1.attn_qkv.weight"]
     for part, name in enumerate(("query", "key", "value")):
         kernel = params["layers"]["attention"][name]["kernel"][1].reshape(D, D)
@@ -188,7 +206,11 @@ def test_gpt2_with_a_copy_of_the_embedding_as_its_head(tmp_path: pathlib.Path) -
 def test_quantised_matrices_and_float32_norms(tmp_path: pathlib.Path) -> None:
     """Blocks lie along the inputs; the numbers are those of the brute force, in the rows' order."""
     tensors = {name: encoded(array, "F32") for name, array in arrays("qwen2", tied=True).items()}
-    raw = {"blk.0.ffn_up.weight": ("Q4_0", (F, D)), "blk.1.ffn_up.weight": ("Q4_1", (F, D)), "blk.0.ffn_down.weight": ("Q8_0", (D, F))}
+    raw = {
+        "blk.0.ffn_up.weight": ("Q4_0", (F, D)),
+        "blk.1.ffn_up.weight": ("Q4_1", (F, D)),
+        "blk.0.ffn_down.weight": ("Q8_0", (D, F)),
+    }
     expected = {}
     for seed, (name, (kind, shape)) in enumerate(raw.items()):
         blocks = random_blocks(kind, shape[0] * shape[1] // 32, seed)
@@ -208,16 +230,29 @@ def divisors(factor: float, low: float, high: float, original: int, base: float)
     for i in range(0, H, 2):
         wavelength = 2 * np.pi * base ** (i / H)
         smooth = (original / wavelength - low) / (high - low)
-        found.append(1.0 if wavelength < original / high else factor if wavelength > original / low else 1 / ((1 - smooth) / factor + smooth))
+        found.append(
+            1.0
+            if wavelength < original / high
+            else factor
+            if wavelength > original / low
+            else 1 / ((1 - smooth) / factor + smooth)
+        )
     return np.array(found, np.float32)
 
 
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, {"rope_scaling": "linear", "rope_scaling_factor": 4.0}),
         (
-            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.scaling.original_context_length": 8},
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+            {"rope_scaling": "linear", "rope_scaling_factor": 4.0},
+        ),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.original_context_length": 8,
+            },
             {"rope_scaling": "yarn", "rope_original_max_seq_len": 8, "rope_attention_factor": 0.0},
         ),
         ({"llama.attention.sliding_window": 5}, {"attention_window": 5}),
@@ -268,7 +303,14 @@ def test_llama_tokenizer(tmp_path: pathlib.Path) -> None:
     scores = [0.0] * 259 + [-5.0, -6.0, -7.0, -1.0, -0.5]
     types = [2, 3, 3] + [6] * 256 + [1] * 5
     found, _ = with_tokenizer(
-        tmp_path, model="llama", tokens=pieces, scores=scores, token_type=types, bos_token_id=1, eos_token_id=2, unknown_token_id=0
+        tmp_path,
+        model="llama",
+        tokens=pieces,
+        scores=scores,
+        token_type=types,
+        bos_token_id=1,
+        eos_token_id=2,
+        unknown_token_id=0,
     )
     assert isinstance(found, SentencePieceTokenizer)
     assert (found.vocab_size, found.bos_id, found.eos_id) == (264, 1, 2)

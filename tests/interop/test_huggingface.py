@@ -59,9 +59,17 @@ NEOX = {
 
 def neox_shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"gpt_neox.embed_in.weight": (11, 8), "embed_out.weight": (11, 8)}
-    for name in ("gpt_neox.final_layer_norm", *(f"gpt_neox.layers.{i}.{n}_layernorm" for i in (0, 1) for n in ("input", "post_attention"))):
+    for name in (
+        "gpt_neox.final_layer_norm",
+        *(f"gpt_neox.layers.{i}.{n}_layernorm" for i in (0, 1) for n in ("input", "post_attention")),
+    ):
         shapes |= {f"{name}.weight": (8,), f"{name}.bias": (8,)}
-    block = {"attention.query_key_value": (24, 8), "attention.dense": (8, 8), "mlp.dense_h_to_4h": (12, 8), "mlp.dense_4h_to_h": (8, 12)}
+    block = {
+        "attention.query_key_value": (24, 8),
+        "attention.dense": (8, 8),
+        "mlp.dense_h_to_4h": (12, 8),
+        "mlp.dense_4h_to_h": (8, 12),
+    }
     for layer in range(2):
         for name, shape in block.items():
             shapes |= {f"gpt_neox.layers.{layer}.{name}.weight": shape, f"gpt_neox.layers.{layer}.{name}.bias": shape[:1]}
@@ -209,8 +217,14 @@ def test_the_architecture_of_a_config_is_found_again(tmp_path: pathlib.Path, con
         ({"attention_softcap": 5.0}, "nearest, gpt2, cannot do model.attention_softcap=5.0"),
         ({"num_experts": 4}, "nearest, gpt2, cannot do model.num_experts=4"),
         ({"block": "parallel"}, "nearest, gpt2, cannot do model.block='parallel'"),
-        ({"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "query_key_norm": True}, "llama, cannot do model.query_key_norm"),
-        ({"position": "rotary", "rotary_fraction": 0.5, "query_key_norm": True}, "nearest, gpt_neox, cannot do model.query_key_norm=True"),
+        (
+            {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "query_key_norm": True},
+            "llama, cannot do model.query_key_norm",
+        ),
+        (
+            {"position": "rotary", "rotary_fraction": 0.5, "query_key_norm": True},
+            "nearest, gpt_neox, cannot do model.query_key_norm=True",
+        ),
     ],
 )
 def test_a_model_that_no_architecture_expresses_is_refused_by_its_knob(changes: dict[str, Any], named: str) -> None:

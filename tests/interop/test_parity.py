@@ -31,7 +31,9 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 GPT2 = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": LENGTH, "layer_norm_epsilon": 3e-4}
-NEOX = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "rms_norm_eps")} | {"layer_norm_eps": 3e-4}
+NEOX = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "rms_norm_eps")} | {
+    "layer_norm_eps": 3e-4
+}
 
 
 def rope(kind: str, **values: Any) -> dict[str, Any]:
@@ -44,7 +46,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "neox parallel": ("gpt_neox", NEOX),
     "neox sequential": ("gpt_neox", NEOX | {"use_parallel_residual": False, **rope("default", partial_rotary_factor=0.5)}),
     "llama": ("llama", SIZES),
-    "llama biased, tied": ("llama", SIZES | {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "tie_word_embeddings": True}),
+    "llama biased, tied": (
+        "llama",
+        SIZES | {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "tie_word_embeddings": True},
+    ),
     "linear": ("llama", SIZES | rope("linear", factor=2.5)),
     "dynamic": ("llama", SIZES | rope("dynamic", factor=2.5)),
     "llama3": (
@@ -131,7 +136,8 @@ def assert_same_tensors(a: pathlib.Path, b: pathlib.Path) -> None:
     from safetensors.torch import load_file
 
     read = [
-        {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()} for folder in (a, b)
+        {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+        for folder in (a, b)
     ]
     assert read[0].keys() == read[1].keys()
     for name, tensor in read[0].items():

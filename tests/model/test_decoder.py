@@ -75,7 +75,8 @@ def frequencies_64(model: Any) -> np.ndarray:
         if model.rope_scaling == "yarn":
             # The pair, counted in fractions, that turns so often within the original context.
             fast, slow = (
-                width / 2 * math.log(original / (2 * math.pi * turns), base) for turns in (model.rope_beta_fast, model.rope_beta_slow)
+                width / 2 * math.log(original / (2 * math.pi * turns), base)
+                for turns in (model.rope_beta_fast, model.rope_beta_slow)
             )
             if model.rope_truncate:
                 fast, slow = math.floor(fast), math.ceil(slow)
@@ -241,7 +242,9 @@ def test_rotary_equals_complex_turning_and_sees_only_distance() -> None:
     assert np.abs(score(7, 3) - score(7, 4)).max() > 1e-2
 
 
-@pytest.mark.parametrize("knobs", [NEOX, LLAMA | {"model.query_key_norm": True, "model.rope_scaling": "linear"}], ids=["neox", "qk"])
+@pytest.mark.parametrize(
+    "knobs", [NEOX, LLAMA | {"model.query_key_norm": True, "model.rope_scaling": "linear"}], ids=["neox", "qk"]
+)
 def test_cached_logits_equal_the_uncached_with_every_knob(knobs: dict[str, Any]) -> None:
     config = small(knobs)
     model, params = config.model, random_params(config)
