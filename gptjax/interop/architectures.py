@@ -51,9 +51,8 @@ class Key:
         if self.values is None:
             return value
         if not isinstance(value, (str, bool)) or value not in self.values:
-            raise UserError(
-                f"{source.path}: {self.name}={value!r} is not among those that the decoder has: {', '.join(map(str, self.values))}."
-            )
+            known = ", ".join(map(str, self.values))
+            raise UserError(f"{source.path}: {self.name}={value!r} is not among those that the decoder has: {known}.")
         return self.values[value]
 
     def write(self, value: Any) -> Any:
@@ -170,7 +169,7 @@ def _neox_rows(config: ModelConfig) -> list[Row]:
     return rows
 
 
-# --- Llama and its relatives ------------------------------------------------------------------------------------------------------
+# --- Llama and its relatives ----------------------------------------------------------------------------------------------------
 
 _LLAMA_KEYS = {
     "vocab_size": Key("vocab_size"),
@@ -243,7 +242,7 @@ def _write_qwen_window(config: ModelConfig) -> dict[str, Any]:
 def _llama_like(classes: str, keys: Mapping[str, Key], fixed: Knobs, window: bool, **more: Any) -> Architecture:
     return Architecture(
         classes=classes,
-        keys=_LLAMA_KEYS | keys,
+        keys=_LLAMA_KEYS | dict(keys),
         fixed={name: value for name, value in (_LLAMA_FIXED | fixed).items() if name not in keys},
         rows=_llama_rows,
         prefix="model.",
@@ -321,7 +320,7 @@ ARCHITECTURES = {
 MUST_BE: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "is_encoder_decoder": (False,)}
 
 
-# --- both directions --------------------------------------------------------------------------------------------------------------
+# --- both directions ------------------------------------------------------------------------------------------------------------
 
 
 def read_knobs(source: Source, architecture: Architecture) -> Knobs:

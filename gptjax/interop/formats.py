@@ -32,8 +32,8 @@ def _guess(path: pathlib.Path) -> str:
         return "gguf"
     if start.startswith(_PICKLES):
         raise UserError(
-            f"{path} is a pickle, which can run any code when read; convert it to safetensors first: load it where you trust it, and "
-            "transformers' save_pretrained(folder, safe_serialization=True) writes it."
+            f"{path} is a pickle, which can run any code when read; convert it to safetensors first: load it where you trust it, "
+            "and transformers' save_pretrained(folder, safe_serialization=True) writes it."
         )
     if path.suffix == ".safetensors":
         raise UserError(

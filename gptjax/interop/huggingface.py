@@ -214,7 +214,8 @@ def prepare(config: ModelConfig, flat: dict[str, Any], dtype: str = "", source: 
     """What is to be written of a model; `flat` is {path: array}.
 
     `dtype`: float32, bfloat16 or float16 for all tensors; "": those of the folder that the model was read from, which `source`
-    tells ({"format", "architecture", "kinds"}), else the parameters' own. Raises `UserError` where no architecture expresses the model.
+    tells ({"format", "architecture", "kinds"}), else the parameters' own. Raises `UserError` where no architecture expresses the
+    model.
     """
     source = source if source and source.get("format") == "huggingface" else {}
     kind = str(source.get("architecture", ""))
@@ -230,9 +231,9 @@ def prepare(config: ModelConfig, flat: dict[str, Any], dtype: str = "", source: 
 
 
 def write(folder: pathlib.Path, export: Export, tokenizer: Tokenizer | None, shard_bytes: int = SHARD_BYTES) -> list[str]:
-    """Writes config.json, tensors and, where it can be expressed, the tokenizer into an empty folder; what is to be said about it.
+    """Writes config.json, tensors and, where it can be expressed, the tokenizer into an empty folder.
 
-    Raises OSError where the disk refuses.
+    Returns what is to be said about it. Raises OSError where the disk refuses.
     """
     kinds = set(export.encodings.values())
     values = write_config(export.kind, export.config)

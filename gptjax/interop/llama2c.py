@@ -121,7 +121,7 @@ def _rows(tied: bool) -> list[Row]:
     return rows if tied else [*rows, Row("head", "DV", "output", "V D")]
 
 
-# --- tokenizer --------------------------------------------------------------------------------------------------------------------
+# --- tokenizer ------------------------------------------------------------------------------------------------------------------
 
 
 def _beside(path: pathlib.Path, vocab_size: int) -> tuple[Tokenizer | None, str]:

@@ -56,20 +56,18 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LARGEST_HEADER):
             raise UserError(
-                f"{path} cannot be read as safetensors: it begins with a header's length of {length} bytes, but the file has {size}."
+                f"{path} cannot be read as safetensors: it begins with a header's length of {length} bytes, "
+                f"but the file has {size}."
             )
         content = file.read(length)
     try:
         header = json.loads(content)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        found = {
-            name: (str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-            for name, entry in entries.items()
-        }
+        found = [_entry(name, entry) for name, entry in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as safetensors: its header is damaged ({type(error).__name__}).") from None
     stored = {}
-    for name, (kind, shape, start, end) in found.items():
+    for name, kind, shape, start, end in found:
         tensor = Stored(path, 8 + length + start, shape, kind)
         if not 0 <= start <= end or min(shape, default=1) < 0:
             raise UserError(f"{path} cannot be read as safetensors: the place of its tensor {name} makes no sense.")
@@ -81,6 +79,11 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
             raise UserError(f"{path} is truncated: its tensor {name} ends at byte {8 + length + end} of {size}.")
         stored[name] = tensor
     return stored
+
+
+def _entry(name: str, entry: dict[str, Any]) -> tuple[str, str, tuple[int, ...], int, int]:
+    start, end = map(int, entry["data_offsets"])
+    return name, str(entry["dtype"]), tuple(map(int, entry["shape"])), start, end
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -84,11 +84,14 @@ def _describe(folder: pathlib.Path, name: str, more: dict[str, object]) -> None:
     )
 
 
-# --- from lists of pieces ---------------------------------------------------------------------------------------------------------
+# --- from lists of pieces -------------------------------------------------------------------------------------------------------
 
 
 def gpt2_from_lists(pieces: Sequence[str], merges: Sequence[str]) -> Gpt2Tokenizer:
-    """GPT-2's tokenizer from its pieces by id and its merges ("left right"). Raises ValueError or KeyError where they make none."""
+    """GPT-2's tokenizer from its pieces by id and its merges ("left right").
+
+    Raises ValueError or KeyError where they make none.
+    """
     encoder = {piece: i for i, piece in enumerate(pieces)}
     return Gpt2Tokenizer(json.dumps(encoder).encode(), ("#version: 0.2\n" + "\n".join(merges) + "\n").encode())
 

@@ -26,7 +26,7 @@ def rotary_angles(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Arr
 
 
 def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns the pairs (x[i], x[i + R/2]) of each head's first R numbers, where `angles` has R/2 pairs; the rest of the head stays.
+    """Turns the pairs (x[i], x[i + R/2]) of each head's first R numbers, where `angles` has R/2 pairs; the rest of it stays.
 
     Llama's layout in Hugging Face files. Computed in float32, returned in x's dtype.
     """
@@ -38,7 +38,7 @@ def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([turned.astype(x_BTNH.dtype), rest], axis=-1)
 
 
-# --- longer contexts: by what each frequency is multiplied, [R/2] in float64 ------------------------------------------------------
+# --- longer contexts: by what each frequency is multiplied, [R/2] in float64 ----------------------------------------------------
 
 
 def _linear(config: ModelConfig) -> np.ndarray:
@@ -58,7 +58,7 @@ def _dynamic(config: ModelConfig) -> np.ndarray:
 
 
 def _llama3(config: ModelConfig) -> np.ndarray:
-    """Llama 3.1's (Dubey et al., 2024): by how often a frequency turns in the original context, with a ramp between two bounds."""
+    """Llama 3.1's (Dubey et al., 2024): by how often a frequency turns in the original context, a ramp between two bounds."""
     turns = _turns(config)
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     kept = np.clip((turns - low) / (high - low), 0, 1)

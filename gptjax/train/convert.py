@@ -82,8 +82,8 @@ def import_model(
 ) -> dict[str, Any]:
     """Writes a run's folder with the model at `source`: config.json, tokenizer, and a checkpoint of parameters at step 0.
 
-    `format`: a key of `formats.FORMATS`, "": told by what is there; `dtype`: of the parameters, "": as stored; `overrides` such as
-    model.max_seq_len=8192 are laid over what the source says. Returns a summary. Raises `UserError`, OSError where the disk
+    `format`: a key of `formats.FORMATS`, "": told by what is there; `dtype`: of the parameters, "": as stored; `overrides` such
+    as model.max_seq_len=8192 are laid over what the source says. Returns a summary. Raises `UserError`, OSError where the disk
     refuses, and `VerificationFailed`.
     """
     model = formats.open_model(source, format)
@@ -215,6 +215,6 @@ def export_model(
 def _judge(found: dict[str, Any]) -> None:
     if not found["largest_error"] <= TOLERANCE * max(1.0, found["largest_logit"]):
         raise VerificationFailed(
-            f"transformers' logits differ by up to {found['largest_error']:.3g} (they reach {found['largest_logit']:.3g}), more than "
-            f"{TOLERANCE} of that; nothing is kept."
+            f"transformers' logits differ by up to {found['largest_error']:.3g} (they reach {found['largest_logit']:.3g}), "
+            f"more than {TOLERANCE} of that; nothing is kept."
         )

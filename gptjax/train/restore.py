@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,13 +75,13 @@ def load_params(
 
 def _needed(config: Config, state: TrainState) -> TrainState:
     """The part of a state that `evaluation_params` looks at; a converted model's checkpoint holds no more."""
-    nothing = TrainState(
-        step=None, params=None, opt_state=None, ema_params=None, seed=None, nonfinite_steps=None, nonfinite_streak=None
-    )
+    needed: dict[str, Any] = {"params": state.params}
     if state.ema_params is not None:
-        return nothing.replace(ema_params=state.ema_params)
-    opt_state = state.opt_state if config.optimizer.name == "schedule_free_adamw" else None
-    return nothing.replace(params=state.params, opt_state=opt_state)
+        needed = {"ema_params": state.ema_params}
+    elif config.optimizer.name == "schedule_free_adamw":
+        needed["opt_state"] = state.opt_state
+    names = [field.name for field in dataclasses.fields(TrainState)]
+    return TrainState(**{name: needed.get(name) for name in names})
 
 
 def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None]) -> Any:

@@ -16,7 +16,7 @@ from gptjax.interop import gguf
 from gptjax.interop.formats import open_model
 from gptjax.interop.tensors import ENCODINGS, Stored, Tensors
 
-# --- a writer ---------------------------------------------------------------------------------------------------------------------
+# --- a writer -------------------------------------------------------------------------------------------------------------------
 
 TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}
 
@@ -59,7 +59,7 @@ def encoded(array: np.ndarray, kind: str) -> tuple[tuple[int, ...], int, bytes]:
     return array.shape, TYPES[kind], array.astype(dtype).tobytes()
 
 
-# --- block formats, number by number ------------------------------------------------------------------------------------------------
+# --- block formats, number by number --------------------------------------------------------------------------------------------
 
 
 def brute_force(raw: bytes, kind: str) -> list[float]:
@@ -98,7 +98,7 @@ def test_blocks_equal_brute_force(tmp_path: pathlib.Path, kind: str) -> None:
     np.testing.assert_allclose(tensors.rows("x", 4, 6), expected[4:6], rtol=1e-6, atol=1e-7)
 
 
-# --- models -------------------------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------------------------------------
 
 LAYERS, D, F, V, S = 2, 64, 96, 19, 32
 HEADS, KV, H = 4, 2, 16
@@ -276,7 +276,7 @@ def test_llama3_scaling_is_known_by_its_divisors(tmp_path: pathlib.Path) -> None
         open_model(write(tmp_path / "m.gguf", values, tensors))
 
 
-# --- tokenizers -----------------------------------------------------------------------------------------------------------------------
+# --- tokenizers -----------------------------------------------------------------------------------------------------------------
 
 
 def with_tokenizer(tmp_path: pathlib.Path, **values: Any) -> tuple[Any, str]:
@@ -326,7 +326,7 @@ def test_a_tokenizer_that_is_not_ours_is_said(tmp_path: pathlib.Path) -> None:
     assert found is None and "none that can be taken over" in reason
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------------------------------------
 
 
 def change_tensors(tensors: dict[str, Any], change: str) -> dict[str, Any]:

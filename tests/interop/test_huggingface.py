@@ -180,10 +180,13 @@ def knobs_of(tmp_path: pathlib.Path, config: dict[str, Any]) -> ModelConfig:
     [
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": 3}}, {"rope_scaling": "linear", "rope_scaling_factor": 3.0}),
         (LLAMA | {"rope_scaling": {"rope_type": "default"}}, {"rope_scaling": "none", "rope_base": 500.0}),
-        (LLAMA | {"head_dim": 4, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, {"rope_scaling": "dynamic", "rope_original_max_seq_len": 6}),
+        (
+            LLAMA | {"head_dim": 4, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            {"rope_scaling": "dynamic", "rope_original_max_seq_len": 6},
+        ),
         (  # DeepSeek's: (0.1 * 2 * ln 4 + 1) / (0.1 * ln 4 + 1)
             LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4, "mscale": 2.0, "mscale_all_dim": 1.0}},
-            {"rope_scaling": "yarn", "rope_attention_factor": pytest.approx(1.27725887 / 1.13862944), "rope_original_max_seq_len": 6},
+            {"rope_attention_factor": pytest.approx(1.27725887 / 1.13862944), "rope_original_max_seq_len": 6},
         ),
         (
             LLAMA | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 9.0, "original_max_position_embeddings": 3}},
