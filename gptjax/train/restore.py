@@ -80,8 +80,8 @@ def _needed(config: Config, state: TrainState) -> TrainState:
         needed = {"ema_params": state.ema_params}
     elif config.optimizer.name == "schedule_free_adamw":
         needed["opt_state"] = state.opt_state
-    names = [field.name for field in dataclasses.fields(TrainState)]
-    return TrainState(**{name: needed.get(name) for name in names})
+    fields: dict[str, Any] = {field.name: needed.get(field.name) for field in dataclasses.fields(TrainState)}
+    return TrainState(**fields)
 
 
 def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None]) -> Any:
