@@ -144,19 +144,27 @@ def architecture_for(config: ModelConfig) -> str:
     """
     differing: dict[str, dict[str, tuple[Any, Any]]] = {}
     for kind in ARCHITECTURES:
-        differing[kind] = _lost(kind, config)
-        if not differing[kind]:
+        lost_knobs = _lost(kind, config)
+        if lost_knobs == {}:
             return kind
+        if lost_knobs is not None:
+            differing[kind] = lost_knobs
+    if not differing:
+        sizes = ", ".join(f"model.{name}={getattr(config, name)}" for name in ("model_dim", "num_heads", "head_dim"))
+        raise UserError(f"no Hugging Face architecture expresses this model, with its {sizes}.")
     nearest = min(differing, key=lambda kind: len(differing[kind]))
     lost = ", ".join(f"model.{name}={ours!r} (it has {theirs!r})" for name, (ours, theirs) in differing[nearest].items())
     raise UserError(f"no Hugging Face architecture expresses this model; the nearest, {nearest}, cannot do {lost}.")
 
 
-def _lost(kind: str, config: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """{knob: (this model's, what is read again)} where the two differ."""
-    path = pathlib.Path("config.json")
-    knobs = read_knobs(Source(path, write_config(kind, config)), ARCHITECTURES[kind])
-    found = Foreign("", kind, path, knobs, Tensors(path, {}), ARCHITECTURES[kind].rows, bool).config().model
+def _lost(kind: str, config: ModelConfig) -> dict[str, tuple[Any, Any]] | None:
+    """{knob: (this model's, what is read again)} where the two differ; None where nothing can be read again."""
+    path, architecture = pathlib.Path("config.json"), ARCHITECTURES[kind]
+    try:
+        knobs = read_knobs(Source(path, write_config(kind, config)), architecture)
+        found = Foreign("", kind, path, knobs, Tensors(path, {}), architecture.rows, bool).config().model
+    except UserError:  # its sizes make no model of this kind
+        return None
     ours, theirs = _what_counts(config), _what_counts(found)
     return {name: (ours.get(name), theirs.get(name)) for name in ours | theirs if ours.get(name) != theirs.get(name)}
 
@@ -219,7 +227,7 @@ def prepare(config: ModelConfig, flat: dict[str, Any], dtype: str = "", source: 
     """
     source = source if source and source.get("format") == "huggingface" else {}
     kind = str(source.get("architecture", ""))
-    if kind not in ARCHITECTURES or _lost(kind, config):
+    if kind not in ARCHITECTURES or _lost(kind, config) != {}:
         kind = architecture_for(config)
     architecture = ARCHITECTURES[kind]
     kinds = source.get("kinds", {}) if kind == source.get("architecture") else {}

@@ -219,6 +219,10 @@ def test_the_architecture_of_a_config_is_found_again(tmp_path: pathlib.Path, con
         ({"norm": "rmsnorm"}, "nearest, gpt2, cannot do model.norm='rmsnorm'"),
         ({"attention_softcap": 5.0}, "nearest, gpt2, cannot do model.attention_softcap=5.0"),
         ({"num_experts": 4}, "nearest, gpt2, cannot do model.num_experts=4"),
+        (
+            {"model_dim": 30, "head_dim": 5, "attention_softcap": 5.0},
+            "with its model.model_dim=30, model.num_heads=4, model.head_dim=5",
+        ),
         ({"block": "parallel"}, "nearest, gpt2, cannot do model.block='parallel'"),
         (
             {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "query_key_norm": True},
