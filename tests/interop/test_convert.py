@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import pathlib
@@ -19,8 +20,9 @@ from gptjax.data.byte_pairs import byte_characters
 from gptjax.data.tokenizers import Gpt2Tokenizer
 from gptjax.interop import llama2c, safetensors, tensors, verify
 from gptjax.interop.formats import open_model
+from gptjax.parallel.mesh import make_mesh
 from gptjax.train import manifest
-from gptjax.train.restore import load_params, load_run
+from gptjax.train.restore import initial_params, load_params, load_run
 from tests.interop.test_huggingface import GPT2, LLAMA, gpt2_shapes, leaves, llama_shapes, random_tensors, write
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
@@ -74,6 +76,13 @@ def test_it_is_evaluated_on_a_text_with_its_own_tokenizer(
     data = ["--config.data.source=text", f"--config.data.path={tmp_path}/text.txt", "--config.data.split_by=tail"]
     assert cli.main(["evaluate", f"--workdir={converted[1]}", *data, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] > 1
+
+
+def test_it_is_a_starting_point_of_a_run(converted: tuple[pathlib.Path, pathlib.Path]) -> None:
+    model = load_params(converted[1], lambda line: None)
+    config = dataclasses.replace(model.config, init_from=str(converted[1]))
+    started = initial_params(config, make_mesh(config.mesh), lambda line: None)
+    assert all(np.array_equal(a, b) for a, b in zip(leaves_of(started), leaves_of(model.params), strict=True))
 
 
 def test_it_goes_back_bit_for_bit(converted: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path) -> None:

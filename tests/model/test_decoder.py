@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from gptjax.config import MeshConfig
 from gptjax.model import primitives
 from gptjax.model.attention import ATTENTION_BACKENDS, Cache
-from gptjax.model.decoder import Block, Decoder
+from gptjax.model.decoder import Block, Decoder, Embedding
 from gptjax.model.layers import ACTIVATIONS, Norm
 from gptjax.model.positions import rotary_angles, rotate
 from gptjax.parallel import sharding
@@ -222,6 +222,14 @@ def test_norms_and_their_gradients_equal_float64(norm: str, bias: bool) -> None:
         step[5] = 1e-5
         slope = ((norm_64(model, p | {name: leaf + step}, x) - norm_64(model, p | {name: leaf - step}, x)) * out).sum() / 2e-5
         np.testing.assert_allclose(gradient_p[name][5], slope, rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_tables_are_added_in_float32() -> None:
+    model = small(model__param_dtype="bfloat16").model
+    params = random_params(small(model__param_dtype="bfloat16"))["embed"]
+    x = Embedding(model).apply({"params": params}, jnp.array([[3, 5]]), jnp.array([[0, 1]]))
+    rows = [np.asarray(params[name], np.float32)[at] for name, at in (("tokens", [3, 5]), ("positions", [0, 1]))]
+    np.testing.assert_array_equal(x[0], rows[0] + rows[1])
 
 
 def test_rotary_equals_complex_turning_and_sees_only_distance() -> None:
