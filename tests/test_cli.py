@@ -76,7 +76,7 @@ def test_generate_prints_samples_and_json(run, capsys):
         f"--workdir={workdir}",
         "--prompt=the ",
         "--max_new_tokens=5",
-        "--num_samples=2",
+        "--num_return_sequences=2",
         "--seed=3",
         "--json",
     ]

@@ -24,8 +24,9 @@ import numpy as np
 from flax import struct
 
 from gptjax.config import ModelConfig, UserError
-from gptjax.generate.sampling import Sampling, draw, within_vocabulary
-from gptjax.model import decoder
+from gptjax.generate import forward, processors
+from gptjax.generate.processors import History, Vocabulary
+from gptjax.generate.settings import GenerationConfig
 from gptjax.model.attention import Cache
 from gptjax.parallel import hosts
 
@@ -56,10 +57,12 @@ class _Request:
     lengths_B: Any
     samples_B: Any
     seed: Any
-    eos_id: Any  # -1: none
+    is_eos_V: Any
     vocab_size: Any
     max_new_tokens: Any
-    sampling: dict[str, Any]
+    greedy: Any
+    values: processors.Values
+    names: tuple[str, ...] = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -84,52 +87,52 @@ def generate_tokens(
     config: ModelConfig,
     prompts: Sequence[Sequence[int] | np.ndarray],
     *,
-    max_new_tokens: int,
-    sampling: Sampling,
+    settings: GenerationConfig,
     seed: int,
-    eos_id: int | None,
+    eos_ids: Sequence[int],
     vocab_size: int,
     samples: Sequence[int] | None = None,
 ) -> Generated:
-    """Continues each prompt by up to `max_new_tokens` tokens, or until it draws `eos_id`.
+    """Continues each prompt by up to `settings.max_new_tokens` tokens, or until it draws one of `eos_ids`.
 
-    A row's tokens are a function of its prompt, `sampling`, the seed and its number in `samples` (None: 0 for every row), and not
-    of what else is in the batch: token i is drawn by a key of (seed, sample, i). Equal prompts need different numbers to differ.
+    A row's tokens are a function of its prompt, the settings, the seed and its number in `samples` (None: 0 for every row), and
+    not of what else is in the batch: token i is drawn by a key of (seed, sample, i). Equal prompts need different numbers to
+    differ.
     `vocab_size` is the tokenizer's; ids from there on are never drawn. Compiled once for each (config, rows, bucket of the
-    longest prompt, bucket of `max_new_tokens`), eos or none, whatever the settings.
+    longest prompt, bucket of `max_new_tokens`, which processors are on), whatever the settings.
 
     Raises `UserError` for an empty prompt, one longer than `max_seq_len`, and ids that the tokenizer does not have.
     """
-    _check(config, prompts, max_new_tokens, seed, vocab_size)
-    if not prompts or max_new_tokens == 0:
+    _check(config, prompts, seed, vocab_size)
+    if not prompts or settings.max_new_tokens == 0:
         return Generated(tuple(np.zeros(0, np.int32) for _ in prompts), np.zeros(len(prompts), bool))
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     prompts_BP = np.zeros((len(prompts), min(bucket(int(lengths_B.max())), config.max_seq_len)), np.int32)
     for row, prompt in zip(prompts_BP, prompts, strict=True):
         row[: len(prompt)] = prompt
+    eos_ids = tuple(sorted(set(eos_ids)))
+    names, values = processors.plan(settings, Vocabulary(vocab_size, eos_ids))
     request = _Request(
         prompts_BP,
         lengths_B,
         np.zeros(len(prompts), np.int32) if samples is None else np.asarray(samples, np.int32),
         seed=np.uint32(seed),
-        eos_id=np.int32(-1 if eos_id is None else eos_id),
+        is_eos_V=np.isin(np.arange(config.vocab_size), eos_ids),
         vocab_size=np.int32(vocab_size),
-        max_new_tokens=np.int32(max_new_tokens),
-        sampling=sampling.values(),
+        max_new_tokens=np.int32(settings.max_new_tokens),
+        greedy=np.bool_(settings.greedy),
+        values=values,
+        names=names,
     )
     # Nothing is differentiated here; knobs of the backward pass must not ask for another compilation.
     config = dataclasses.replace(config, remat="none", attention="auto")
-    tokens_BW, ends_B, stopped_B = hosts.fetch(compiled_generate(params, request, config, bucket(max_new_tokens)))
+    tokens_BW, ends_B, stopped_B = hosts.fetch(compiled_generate(params, request, config, bucket(settings.max_new_tokens)))
     return Generated(
         tuple(tokens[start:end] for tokens, start, end in zip(tokens_BW, lengths_B, ends_B, strict=True)), np.asarray(stopped_B)
     )
 
 
-def _check(
-    config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, seed: int, vocab_size: int
-) -> None:
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 0.")
+def _check(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarray], seed: int, vocab_size: int) -> None:
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} must be at least 0 and below 2**32.")
     if not 0 < vocab_size <= config.vocab_size:
@@ -157,8 +160,7 @@ def compiled_generate(params: Any, request: _Request, config: ModelConfig, room:
     """(tokens [B, P + room], tokens of each row in use [B], rows that drew eos [B]). `room`: space for new tokens."""
     batch, width = request.prompts_BP.shape
     cache = Cache.empty(config, batch, min(width + room, config.max_seq_len))
-    positions_BP = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    logits_BV, cache = _forward(params, config, request.prompts_BP, positions_BP, request.lengths_B - 1, cache)
+    logits_BV, cache = forward.prefill(params, config, request.prompts_BP, request.lengths_B, cache)
     rows = _Rows(
         tokens_BW=jnp.pad(request.prompts_BP, ((0, 0), (0, room))),
         lengths_B=request.lengths_B,
@@ -179,25 +181,16 @@ def compiled_generate(params: Any, request: _Request, config: ModelConfig, room:
     return rows.tokens_BW, rows.lengths_B, rows.stopped_B
 
 
-def _forward(
-    params: Any, config: ModelConfig, tokens_BT: jax.Array, positions_BT: jax.Array, wanted_B: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """(logits [B, V] at index `wanted_B` of each row, the cache with the tokens written in)."""
-    found: Any = decoder.Decoder(config).apply(
-        {"params": params}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden
-    )
-    hidden_BTD, cache, _ = found
-    hidden_B1D = jnp.take_along_axis(hidden_BTD, wanted_B[:, None, None], axis=1)
-    return decoder.logits(hidden_B1D, decoder.output_table(params, config), config)[:, 0], cache
-
-
 def _append(request: _Request, rows: _Rows, logits_BV: jax.Array) -> _Rows:
     """Draws the next token of every row that has not stopped."""
     key = jax.random.fold_in(jax.random.key(request.seed), SAMPLE)
     keys_B = jax.vmap(lambda sample, index: jax.random.fold_in(jax.random.fold_in(key, sample), index))(
         request.samples_B, rows.lengths_B
     )
-    chosen_B = draw(within_vocabulary(logits_BV, request.vocab_size), keys_B, request.sampling)
+    history = History(rows.tokens_BW, rows.lengths_B, request.lengths_B, request.lengths_B + request.max_new_tokens)
+    logits_BV = processors.within_vocabulary(logits_BV, request.vocab_size)
+    logits_BV = processors.process(request.names, request.values, logits_BV, history)
+    chosen_B = processors.draw(logits_BV, keys_B, request.greedy)
     alive_B = ~rows.stopped_B
     batch, width = rows.tokens_BW.shape
     places_B = jnp.where(alive_B, rows.lengths_B, width)  # out of range, so dropped, where a row has stopped
@@ -205,7 +198,7 @@ def _append(request: _Request, rows: _Rows, logits_BV: jax.Array) -> _Rows:
         rows,
         tokens_BW=rows.tokens_BW.at[jnp.arange(batch), places_B].set(chosen_B, mode="drop"),
         lengths_B=rows.lengths_B + alive_B,
-        stopped_B=rows.stopped_B | (chosen_B == request.eos_id),
+        stopped_B=rows.stopped_B | request.is_eos_V[chosen_B],
         drawn=rows.drawn + 1,
     )
 
@@ -213,17 +206,15 @@ def _append(request: _Request, rows: _Rows, logits_BV: jax.Array) -> _Rows:
 def _advance(params: Any, config: ModelConfig, rows: _Rows) -> tuple[_Rows, jax.Array]:
     """Feeds each row's last token; (rows, logits [B, V] of the token after it)."""
     context = config.max_seq_len
-    last_B1 = rows.lengths_B[:, None] - 1
-    positions_B1 = last_B1 - rows.starts_B[:, None]
-    tokens_B1 = jnp.take_along_axis(rows.tokens_BW, last_B1, axis=1)
+    last_B = rows.lengths_B - 1
+    positions_B = last_B - rows.starts_B
+    tokens_B = jnp.take_along_axis(rows.tokens_BW, last_B[:, None], axis=1)[:, 0]
     # A row at the limit writes its last slot once more, which its new window never sees.
-    logits_BV, cache = _forward(
-        params, config, tokens_B1, jnp.minimum(positions_B1, context - 1), jnp.zeros_like(rows.lengths_B), rows.cache
-    )
+    logits_BV, cache = forward.step(params, config, tokens_B, jnp.minimum(positions_B, context - 1), rows.cache)
     rows = dataclasses.replace(rows, cache=cache)
     if rows.tokens_BW.shape[1] <= context:  # no row can get there
         return rows, logits_BV
-    full_B = (positions_B1[:, 0] >= context) & ~rows.stopped_B
+    full_B = (positions_B >= context) & ~rows.stopped_B
     refill = functools.partial(_refill, params, config)
     return jax.lax.cond(full_B.any(), refill, lambda rows, logits_BV, full_B: (rows, logits_BV), rows, logits_BV, full_B)
 
@@ -235,8 +226,7 @@ def _refill(params: Any, config: ModelConfig, rows: _Rows, logits_BV: jax.Array,
     starts_B = jnp.maximum(rows.lengths_B - window, 0)
     positions_BT = jnp.broadcast_to(jnp.arange(window), (batch, window))
     tokens_BT = jnp.take_along_axis(rows.tokens_BW, starts_B[:, None] + positions_BT, axis=1)
-    wanted_B = jnp.full(batch, window - 1, jnp.int32)
-    new_logits_BV, new_cache = _forward(params, config, tokens_BT, positions_BT, wanted_B, rows.cache)
+    new_logits_BV, new_cache = forward.prefill(params, config, tokens_BT, jnp.full(batch, window), rows.cache)
     cache = jax.tree.map(lambda new, old: jnp.where(full_B[:, None, None, None], new, old), new_cache, rows.cache)
     rows = dataclasses.replace(rows, starts_B=jnp.where(full_B, starts_B, rows.starts_B), cache=cache)
     return rows, jnp.where(full_B[:, None], new_logits_BV, logits_BV)

@@ -10,7 +10,7 @@ import numpy as np
 
 from gptjax.config import Config, UserError
 from gptjax.generate.decode import generate_tokens
-from gptjax.generate.sampling import Sampling
+from gptjax.generate.settings import GenerationConfig
 
 
 class Tokenizer(Protocol):
@@ -30,7 +30,7 @@ class Completion:
     """One sample of one prompt."""
 
     prompt: str
-    sample: int  # 0 .. num_samples - 1
+    sample: int  # 0 .. num_return_sequences - 1
     text: str  # the continuation, without the prompt and without the end-of-text token
     tokens: tuple[int, ...]  # the new tokens, the end-of-text token included
     finish_reason: str  # 'eos': it ended by itself; 'length': max_new_tokens were drawn
@@ -41,34 +41,25 @@ def generate_text(
     config: Config,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
+    settings: GenerationConfig,
     *,
-    max_new_tokens: int,
-    greedy: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     seed: int = 0,
-    num_samples: int = 1,
 ) -> list[Completion]:
-    """`num_samples` continuations of each prompt, prompt by prompt, drawn in one compiled call.
+    """`settings.num_return_sequences` continuations of each prompt, prompt by prompt, drawn in one compiled call.
 
     A prompt begins with the begin-of-text token where `data.add_bos` is set and the tokenizer has one, as training documents do.
     Sample i of a prompt is the same whatever other prompts and however many samples are asked for.
     Raises `UserError` for a prompt that is too long or, without a begin-of-text token, empty.
     """
-    if num_samples < 1:
-        raise UserError(f"num_samples={num_samples} must be at least 1.")
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
     ids = [_encode(config, tokenizer, prompt) for prompt in prompts]
-    requests = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(num_samples)]
+    requests = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(settings.num_return_sequences)]
     generated = generate_tokens(
         params,
         config.model,
         [ids[prompt] for prompt, _ in requests],
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
+        settings=settings,
         seed=seed,
-        eos_id=tokenizer.eos_id,
+        eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
         vocab_size=tokenizer.vocab_size,
         samples=[sample for _, sample in requests],
     )

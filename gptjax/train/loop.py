@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, flatten, to_dict
 from gptjax.data.pipeline import Dataset, batch_documents, load_dataset, steps_per_epoch, train_batches
+from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.text import generate_text
 from gptjax.parallel import hosts
 from gptjax.parallel.mesh import check_divides, make_mesh
@@ -318,9 +319,7 @@ def _sample(run: Run, params: Any, step: int) -> None:
         run.config,
         run.dataset.tokenizer,
         [c.sample_prompt],
-        max_new_tokens=c.sample_tokens,
-        temperature=c.sample_temperature,
-        top_k=c.sample_top_k,
+        GenerationConfig(max_new_tokens=c.sample_tokens, temperature=c.sample_temperature, top_k=c.sample_top_k),
         seed=run.config.train.seed,
     )[0]
     text = sample.prompt + sample.text

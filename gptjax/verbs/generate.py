@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from gptjax.config import UserError
+from gptjax.generate.settings import GenerationConfig
 from gptjax.parallel import hosts
 from gptjax.verbs.arguments import add_run, add_verb, count, positive, rate, run_config, share
 from gptjax.verbs.output import log, print_json
@@ -19,7 +20,7 @@ def add(verbs: Any) -> None:
         run,
         "Write text with a trained model.",
         """example:
-  gptjax generate --workdir=runs/shakespeare --prompt="ROMEO:" --max_new_tokens=200 --temperature=0.8 --num_samples=3""",
+  gptjax generate --workdir=runs/shakespeare --prompt="ROMEO:" --max_new_tokens=200 --temperature=0.8 --num_return_sequences=3""",
         uses_devices=True,
     )
     add_run(parser)
@@ -33,11 +34,19 @@ def add(verbs: Any) -> None:
         "--top_p", type=share, default=1.0, metavar="P", help="draw from the likeliest that hold probability P; 1: off"
     )
     parser.add_argument("--seed", type=count, default=0, metavar="N", help="samples are a function of it")
-    parser.add_argument("--num_samples", type=positive, default=1, metavar="N", help="samples a prompt")
+    parser.add_argument("--num_return_sequences", type=positive, default=1, metavar="N", help="samples a prompt")
 
 
 def run(arguments: argparse.Namespace) -> int:
     prompts = _prompts(arguments)
+    settings = GenerationConfig(
+        max_new_tokens=arguments.max_new_tokens,
+        do_sample=not arguments.greedy,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        num_return_sequences=arguments.num_return_sequences,
+    )
     workdir, config = run_config(arguments)
     from gptjax.generate.text import generate_text
     from gptjax.train.restore import load_run
@@ -48,13 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         config,
         model.tokenizer,
         prompts,
-        max_new_tokens=arguments.max_new_tokens,
-        greedy=arguments.greedy,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
+        settings,
         seed=arguments.seed,
-        num_samples=arguments.num_samples,
     )
     if arguments.json:
         print_json({"step": model.step, "samples": [_sample_as_dict(sample) for sample in samples]})

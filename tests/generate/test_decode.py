@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,14 +13,14 @@ import pytest
 from gptjax.config import ModelConfig, UserError
 from gptjax.generate import decode
 from gptjax.generate.decode import generate_tokens
-from gptjax.generate.sampling import Sampling
+from gptjax.generate.settings import GenerationConfig
 from gptjax.model.attention import Cache
 from gptjax.model.decoder import Decoder
 from tests.generate.small_models import FAMILIES, full_logits, greedy_by_full_forwards, model_config, random_params
 
-GREEDY = Sampling(greedy=True)
 # Every test asks for three rows and for a count of one bucket where it can: compiling takes all the time.
 COUNT = 40  # two and a half contexts: each row goes on from its last half several times
+GREEDY = GenerationConfig(max_new_tokens=COUNT, do_sample=False)
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3]]
 
 
@@ -31,8 +32,8 @@ def model(request: pytest.FixtureRequest) -> tuple[Any, ModelConfig]:
 
 def run(model: tuple[Any, ModelConfig], prompts: list[list[int]], **changes: Any) -> decode.Generated:
     params, config = model
-    settings = {"max_new_tokens": COUNT, "sampling": GREEDY, "seed": 0, "eos_id": None, "vocab_size": config.vocab_size} | changes
-    return generate_tokens(params, config, prompts, **settings)
+    options = {"settings": GREEDY, "seed": 0, "eos_ids": (), "vocab_size": config.vocab_size} | changes
+    return generate_tokens(params, config, prompts, **options)
 
 
 def lists(generated: decode.Generated) -> list[list[int]]:
@@ -72,14 +73,14 @@ def test_a_context_of_one_sees_one_token_at_a_time() -> None:
     tokens = [2]
     for _ in range(9):
         tokens.append(int(full_logits(params, config, tokens[-1:])[-1].argmax()))
-    assert lists(run((params, config), [[2]], max_new_tokens=9)) == [tokens[1:]]
+    assert lists(run((params, config), [[2]], settings=dataclasses.replace(GREEDY, max_new_tokens=9))) == [tokens[1:]]
 
 
 def test_a_row_stops_at_eos_and_the_others_go_on(model: tuple[Any, ModelConfig]) -> None:
-    sampling = Sampling(temperature=2.0)
-    plain = lists(run(model, PROMPTS, sampling=sampling))
+    settings = GenerationConfig(max_new_tokens=COUNT, temperature=2.0)
+    plain = lists(run(model, PROMPTS, settings=settings))
     eos = plain[0][4]
-    generated = run(model, PROMPTS, sampling=sampling, eos_id=eos)
+    generated = run(model, PROMPTS, settings=settings, eos_ids=(eos,))
     for row, stopped, unstopped in zip(lists(generated), generated.stopped, plain, strict=True):
         assert stopped == (eos in unstopped)
         assert row == (unstopped[: unstopped.index(eos) + 1] if stopped else unstopped)
@@ -89,28 +90,28 @@ def test_a_row_stops_at_eos_and_the_others_go_on(model: tuple[Any, ModelConfig])
 
 
 def test_a_rows_tokens_do_not_depend_on_the_rest_of_the_batch(model: tuple[Any, ModelConfig]) -> None:
-    sampling = Sampling(temperature=1.2, top_k=20, top_p=0.95)
+    settings = GenerationConfig(max_new_tokens=COUNT, temperature=1.2, top_k=20, top_p=0.95)
     context = model[1].max_seq_len
     prompts = [PROMPTS[0], list(range(context)), PROMPTS[0]]
     samples = [0, 7, 3]
-    together = lists(run(model, prompts, sampling=sampling, samples=samples))
+    together = lists(run(model, prompts, settings=settings, samples=samples))
     for prompt, sample, expected in zip(prompts, samples, together, strict=True):
-        assert lists(run(model, [prompt], sampling=sampling, samples=[sample])) == [expected]
-    backwards = lists(run(model, prompts[::-1], sampling=sampling, samples=samples[::-1]))
+        assert lists(run(model, [prompt], settings=settings, samples=[sample])) == [expected]
+    backwards = lists(run(model, prompts[::-1], settings=settings, samples=samples[::-1]))
     assert backwards[::-1] == together
     assert together[0] != together[2], "two samples of one prompt"
 
 
 def test_the_seed_and_nothing_else_changes_the_draws(model: tuple[Any, ModelConfig]) -> None:
-    draws = [lists(run(model, PROMPTS, sampling=Sampling(), seed=seed)) for seed in (0, 0, 1)]
+    draws = [lists(run(model, PROMPTS, settings=GenerationConfig(max_new_tokens=COUNT), seed=seed)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
-    longer = lists(run(model, PROMPTS, sampling=Sampling(), max_new_tokens=50))
+    longer = lists(run(model, PROMPTS, settings=GenerationConfig(max_new_tokens=50)))
     assert [row[:COUNT] for row in longer] == draws[0]
 
 
 def test_ids_past_the_tokenizer_are_never_drawn(model: tuple[Any, ModelConfig]) -> None:
-    for sampling in (GREEDY, Sampling(temperature=100.0)):
-        rows = lists(run(model, [[0, 1], [2], [3]], sampling=sampling, vocab_size=5))
+    for settings in (GREEDY, GenerationConfig(max_new_tokens=COUNT, temperature=100.0)):
+        rows = lists(run(model, [[0, 1], [2], [3]], settings=settings, vocab_size=5))
         assert max(max(row) for row in rows) < 5
 
 
@@ -124,20 +125,20 @@ def test_bfloat16_runs_with_a_bfloat16_cache() -> None:
 def test_nothing_to_do() -> None:
     config = model_config()
     params = random_params(config)
-    assert lists(run((params, config), PROMPTS, max_new_tokens=0)) == [[], [], []]
+    assert lists(run((params, config), PROMPTS, settings=dataclasses.replace(GREEDY, max_new_tokens=0))) == [[], [], []]
     assert lists(run((params, config), [])) == []
 
 
-def test_lengths_of_a_bucket_and_all_settings_share_one_compilation() -> None:
+def test_lengths_of_a_bucket_and_values_of_the_settings_share_one_compilation() -> None:
     config = model_config(num_layers=1, max_seq_len=64)  # of this test alone, so that its first call does compile
     model = random_params(config), config
     before = decode.compiled_generate._cache_size()
     for length in range(1, 17):
-        sampling = Sampling(temperature=0.5 + length / 10, top_k=length % 5, top_p=1 - length / 50, greedy=length % 4 == 0)
-        eos_id = None if length % 2 else 3
-        run(model, [[1] * length], sampling=sampling, seed=length, max_new_tokens=length, eos_id=eos_id, vocab_size=20 + length)
+        settings = GenerationConfig(length, temperature=0.55 + length / 10, top_k=1 + length % 5, top_p=1 - length / 50)
+        eos_ids = () if length % 2 else (3,)
+        run(model, [[1] * length], settings=settings, seed=length, eos_ids=eos_ids, vocab_size=20 + length)
     assert decode.compiled_generate._cache_size() == before + 1
-    run(model, [[1] * 17])
+    run(model, [[1] * 17], settings=dataclasses.replace(settings, max_new_tokens=COUNT))
     assert decode.compiled_generate._cache_size() == before + 2, "the count should see another bucket"
 
 
@@ -149,7 +150,6 @@ def test_lengths_of_a_bucket_and_all_settings_share_one_compilation() -> None:
         ([[1, 37]], {}, "token id 37"),
         ([[1, -2]], {}, "token id -2"),
         ([[1]], {"vocab_size": 38}, "model.vocab_size=37"),
-        ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1"),
         ([[1]], {"seed": -1}, "seed=-1"),
     ],
 )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import Config, DataConfig, UserError
+from gptjax.generate.settings import GenerationConfig as Settings
 from gptjax.generate.text import generate_text
 from tests.generate.small_models import GPT2_LIKE, greedy_by_full_forwards, model_config, random_params
 
@@ -34,7 +35,7 @@ PARAMS = random_params(CONFIG.model, seed=3)
 
 
 def test_greedy_text_with_a_begin_of_text_token() -> None:
-    (completion,) = generate_text(PARAMS, CONFIG, Letters(eos_id=None), ["HELLO"], max_new_tokens=6, greedy=True)
+    (completion,) = generate_text(PARAMS, CONFIG, Letters(eos_id=None), ["HELLO"], Settings(max_new_tokens=6, do_sample=False))
     # The embedding has rows that the tokenizer has no ids for.
     restricted = {
         **PARAMS,
@@ -52,19 +53,19 @@ def test_add_bos_is_obeyed_and_needs_a_token() -> None:
     without = dataclasses.replace(CONFIG, data=DataConfig(add_bos=False))
     for config, tokenizer in ((without, Letters()), (CONFIG, Letters(bos_id=None))):
         with pytest.raises(UserError, match="the prompt is empty"):
-            generate_text(PARAMS, config, tokenizer, [""], max_new_tokens=1)
+            generate_text(PARAMS, config, tokenizer, [""], Settings(max_new_tokens=1))
     ways = [
-        generate_text(PARAMS, config, Letters(bos_id=bos, eos_id=None), ["AB"], max_new_tokens=8, greedy=True)
+        generate_text(PARAMS, config, Letters(bos_id=bos, eos_id=None), ["AB"], Settings(max_new_tokens=8, do_sample=False))
         for config, bos in ((without, 0), (CONFIG, None), (CONFIG, 0))
     ]
     assert ways[0] == ways[1] != ways[2]
-    assert generate_text(PARAMS, CONFIG, Letters(), [""], max_new_tokens=1)[0].prompt == ""
+    assert generate_text(PARAMS, CONFIG, Letters(), [""], Settings(max_new_tokens=1))[0].prompt == ""
 
 
 def test_the_end_of_text_token_ends_a_row_and_is_not_text() -> None:
-    plain = generate_text(PARAMS, CONFIG, Letters(eos_id=None), ["AB"], max_new_tokens=8, greedy=True)[0]
+    plain = generate_text(PARAMS, CONFIG, Letters(eos_id=None), ["AB"], Settings(max_new_tokens=8, do_sample=False))[0]
     end = plain.tokens[5]
-    (completion,) = generate_text(PARAMS, CONFIG, Letters(eos_id=end), ["AB"], max_new_tokens=8, greedy=True)
+    (completion,) = generate_text(PARAMS, CONFIG, Letters(eos_id=end), ["AB"], Settings(max_new_tokens=8, do_sample=False))
     first = plain.tokens.index(end)
     assert completion.finish_reason == "eos"
     assert completion.tokens == plain.tokens[: first + 1]
@@ -72,11 +73,13 @@ def test_the_end_of_text_token_ends_a_row_and_is_not_text() -> None:
 
 
 def test_samples_are_numbered_differ_and_do_not_depend_on_their_company() -> None:
-    many = generate_text(PARAMS, CONFIG, Letters(), ["AB", "C", "AB"], max_new_tokens=8, num_samples=3, seed=4)
+    many = generate_text(PARAMS, CONFIG, Letters(), ["AB", "C", "AB"], Settings(max_new_tokens=8, num_return_sequences=3), seed=4)
     assert [(c.prompt, c.sample) for c in many] == [(prompt, sample) for prompt in ("AB", "C", "AB") for sample in range(3)]
     assert len({c.tokens for c in many[:3]}) == 3
     assert many[:3] == many[6:]
-    assert generate_text(PARAMS, CONFIG, Letters(), ["C"], max_new_tokens=8, num_samples=1, seed=4) == many[3:4]
+    assert (
+        generate_text(PARAMS, CONFIG, Letters(), ["C"], Settings(max_new_tokens=8, num_return_sequences=1), seed=4) == many[3:4]
+    )
 
 
 def test_a_leading_space_of_the_continuation_is_kept() -> None:
@@ -84,7 +87,12 @@ def test_a_leading_space_of_the_continuation_is_kept() -> None:
     found = 0
     for seed in range(12):
         for completion in generate_text(
-            PARAMS, CONFIG, Letters(eos_id=None), ["AB"], max_new_tokens=2, num_samples=9, temperature=9.0, seed=seed
+            PARAMS,
+            CONFIG,
+            Letters(eos_id=None),
+            ["AB"],
+            Settings(max_new_tokens=2, num_return_sequences=9, temperature=9.0),
+            seed=seed,
         ):
             if completion.tokens[0] == space:
                 found += 1
@@ -93,7 +101,7 @@ def test_a_leading_space_of_the_continuation_is_kept() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UserError, match="num_samples=0"):
-        generate_text(PARAMS, CONFIG, Letters(), ["A"], max_new_tokens=1, num_samples=0)
+    with pytest.raises(UserError, match="num_return_sequences=0"):
+        generate_text(PARAMS, CONFIG, Letters(), ["A"], Settings(max_new_tokens=1, num_return_sequences=0))
     with pytest.raises(UserError, match="model.max_seq_len=32"):
-        generate_text(PARAMS, CONFIG, Letters(), ["A" * 32], max_new_tokens=1)
+        generate_text(PARAMS, CONFIG, Letters(), ["A" * 32], Settings(max_new_tokens=1))

@@ -10,7 +10,7 @@ import pytest
 
 from gptjax.config import ModelConfig
 from gptjax.generate.decode import generate_tokens
-from gptjax.generate.sampling import Sampling
+from gptjax.generate.settings import GenerationConfig
 from gptjax.interop import huggingface, llama2c
 from gptjax.model.decoder import Decoder
 
@@ -24,10 +24,9 @@ def test_tiny_random_gpt2_continues_as_published(shared_data: pathlib.Path) -> N
         params,
         config,
         case["input"],
-        max_new_tokens=case["max_length"] - len(case["input"][0]),
-        sampling=Sampling(greedy=True),
+        settings=GenerationConfig(max_new_tokens=case["max_length"] - len(case["input"][0]), do_sample=False),
         seed=0,
-        eos_id=98,
+        eos_ids=(98,),
         vocab_size=config.vocab_size,
     )
     assert [prompt + row.tolist() for prompt, row in zip(case["input"], generated.tokens, strict=True)] == case["expected"]
@@ -52,7 +51,13 @@ def test_stories_tells_its_story(shared_data: pathlib.Path) -> None:
     assert tokenizer is not None and (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     config = model.config().model
     generated = generate_tokens(
-        model.read(config), config, [[1]], max_new_tokens=200, sampling=Sampling(greedy=True), seed=0, eos_id=1, vocab_size=512
+        model.read(config),
+        config,
+        [[1]],
+        settings=GenerationConfig(max_new_tokens=200, do_sample=False),
+        seed=0,
+        eos_ids=(1,),
+        vocab_size=config.vocab_size,
     )
     text = tokenizer.decode(generated.tokens[0])
     assert text.strip() == (folder / "expected_greedy_200.txt").read_text(encoding="utf-8").strip()

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from gptjax.config import ModelConfig, UserError
 from gptjax.generate.decode import generate_tokens
-from gptjax.generate.sampling import Sampling
+from gptjax.generate.settings import GenerationConfig
 from gptjax.model.attention import Cache
 from gptjax.model.decoder import Decoder
 from gptjax.model.experts import ExpertMLP, RouterStats, capacity, router_losses
@@ -277,7 +277,7 @@ def test_cached_decoding_equals_the_full_dropless_forward() -> None:
     np.testing.assert_allclose(np.concatenate(pieces, 1), expected, rtol=1e-5, atol=1e-5)
 
     prompts = [tokens[0, :4], tokens[1, :2]]
-    options: dict[str, Any] = {"max_new_tokens": 3, "sampling": Sampling(greedy=True), "seed": 0, "eos_id": None}
+    options: dict[str, Any] = {"settings": GenerationConfig(max_new_tokens=3, do_sample=False), "seed": 0, "eos_ids": ()}
     made = generate_tokens(params, c, prompts, vocab_size=c.vocab_size, **options)
     rows = np.zeros((2, 12), np.int32)
     for number, (prompt, new) in enumerate(zip(prompts, made.tokens, strict=True)):

@@ -18,7 +18,7 @@ import numpy as np
 
 from gptjax.config import Config, UserError
 from gptjax.generate.decode import generate_tokens
-from gptjax.generate.sampling import Sampling
+from gptjax.generate.settings import GenerationConfig
 from gptjax.parallel.mesh import check_divides, make_mesh
 from gptjax.parallel.sharding import laid_over
 from gptjax.train.optimizers import Lengths
@@ -88,7 +88,7 @@ def samples(axes: dict[str, int]) -> list[list[int]]:
     knobs = {"model.init_std": 0.4, "model.tied_embeddings": False}  # so that the next token is not just the last again
     config = small(MOE, knobs, {f"mesh.{axis}": size for axis, size in axes.items()})
     params = init_state(config, Lengths.of(config, 1.0), make_mesh(config.mesh)).params
-    options: dict[str, Any] = {"max_new_tokens": 4, "sampling": Sampling(greedy=True), "seed": 0, "eos_id": None}
+    options: dict[str, Any] = {"settings": GenerationConfig(max_new_tokens=4, do_sample=False), "seed": 0, "eos_ids": ()}
     made = generate_tokens(params, config.model, [[3, 1, 4], [1, 5]], vocab_size=config.model.vocab_size, **options)
     return [row.tolist() for row in made.tokens]
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from gptjax.config import Config, MeshConfig
 from gptjax.generate.decode import generate_tokens
-from gptjax.generate.sampling import Sampling
+from gptjax.generate.settings import GenerationConfig
 from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import check_divides, make_mesh
 from gptjax.parallel.sharding import laid_over
@@ -78,8 +78,10 @@ def after_training(config: Config, mesh: jax.sharding.Mesh, params: Any) -> dict
     batch = {name: rows[:16] for name, rows in random_batch(config, 7).items()}
     token_bytes = np.ones(config.model.vocab_size, np.float32)
     nats = make_eval_step(config, mesh)(params, token_bytes, batch)[0]
-    options: dict[str, Any] = {"max_new_tokens": 8, "seed": 0, "eos_id": None, "vocab_size": config.model.vocab_size}
-    made = generate_tokens(params, config.model, [[1, 2, 3], [4]], sampling=Sampling(temperature=0.8), **options)
+    options: dict[str, Any] = {"seed": 0, "eos_ids": (), "vocab_size": config.model.vocab_size}
+    made = generate_tokens(
+        params, config.model, [[1, 2, 3], [4]], settings=GenerationConfig(max_new_tokens=8, temperature=0.8), **options
+    )
     return {"row_nats": np.asarray(nats).tolist(), "tokens": [row.tolist() for row in made.tokens]}
 
 

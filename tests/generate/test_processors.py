@@ -1,8 +1,9 @@
-"""Each strategy against brute force in float64."""
+"""Each processor against brute force in float64."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,20 @@ import numpy as np
 import pytest
 
 from gptjax.config import UserError
-from gptjax.generate import sampling
-from gptjax.generate.sampling import Sampling
+from gptjax.generate import processors
+from gptjax.generate.processors import History, Vocabulary
+from gptjax.generate.settings import GenerationConfig
 
-keep_top_k, keep_top_p = jax.jit(sampling.keep_top_k), jax.jit(sampling.keep_top_p)
-filtered, draw = jax.jit(sampling.filtered), jax.jit(sampling.draw)
+keep_top_k, keep_top_p = jax.jit(processors.keep_top_k), jax.jit(processors.keep_top_p)
+draw, process = jax.jit(processors.draw), jax.jit(processors.process, static_argnums=0)
 LOGITS = np.random.default_rng(0).normal(0, 2, (5, 23)).astype(np.float32)
+
+
+def filtered(logits: np.ndarray, settings: GenerationConfig) -> jax.Array:
+    ones = jnp.ones(len(logits), jnp.int32)
+    history = History(tokens_BW=ones[:, None], lengths_B=ones, prompt_lengths_B=ones, limits_B=10 * ones)
+    names, values = processors.plan(settings, Vocabulary(size=logits.shape[1], eos_ids=()))
+    return process(names, values, jnp.asarray(logits), history)
 
 
 def kept(logits: jax.Array) -> np.ndarray:
@@ -73,20 +82,20 @@ def test_top_p_of_one_keeps_what_rounding_would_lose() -> None:
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
 def test_temperature_gives_the_tempered_distribution(temperature: float) -> None:
-    got = sampling.apply_temperature(jnp.asarray(LOGITS), jnp.float32(temperature))
+    got = processors.apply_temperature(jnp.asarray(LOGITS), jnp.float32(temperature))
     for row, expected in zip(np.asarray(got), LOGITS, strict=True):
         np.testing.assert_allclose(probabilities(row), probabilities(expected / temperature), atol=1e-6)
 
 
 def test_a_tiny_temperature_is_greedy_and_finite_where_it_counts() -> None:
     keys = jax.random.split(jax.random.key(0), len(LOGITS))
-    drawn = draw(jnp.asarray(LOGITS), keys, Sampling(temperature=1e-38, top_p=0.9, top_k=5).values())
+    drawn = draw(filtered(LOGITS, GenerationConfig(temperature=1e-38, top_p=0.9, top_k=5)), keys, np.bool_(False))
     np.testing.assert_array_equal(drawn, LOGITS.argmax(-1))
 
 
 @pytest.mark.parametrize(("temperature", "k", "p"), list(itertools.product([0.7, 1.5], [0, 5], [0.6, 1.0])))
 def test_the_composition_is_temperature_then_top_k_then_top_p(temperature: float, k: int, p: float) -> None:
-    got = filtered(jnp.asarray(LOGITS), Sampling(temperature=temperature, top_k=k, top_p=p).values())
+    got = filtered(LOGITS, GenerationConfig(temperature=temperature, top_k=k, top_p=p))
     for row, logits in zip(np.asarray(got), LOGITS, strict=True):
         tempered = logits.astype(np.float64) / temperature
         after_k = np.where(brute_top_k(tempered, k), tempered, -np.inf)
@@ -95,12 +104,12 @@ def test_the_composition_is_temperature_then_top_k_then_top_p(temperature: float
 
 
 def test_draws_follow_the_filtered_distribution() -> None:
-    settings = Sampling(temperature=1.3, top_k=6, top_p=0.9)
+    settings = GenerationConfig(temperature=1.3, top_k=6, top_p=0.9)
     count = 20_000
-    logits = jnp.asarray(LOGITS[:1])
+    logits = filtered(LOGITS[:1], settings)
     keys = jax.random.split(jax.random.key(1), count)
-    drawn = np.asarray(draw(jnp.broadcast_to(logits, (count, logits.shape[1])), keys, settings.values()))
-    expected = probabilities(np.asarray(filtered(logits, settings.values()))[0]) * count
+    drawn = np.asarray(draw(jnp.broadcast_to(logits, (count, logits.shape[1])), keys, np.bool_(False)))
+    expected = probabilities(np.asarray(logits)[0]) * count
     observed = np.bincount(drawn, minlength=LOGITS.shape[1])
     assert observed[expected == 0].sum() == 0
     possible = expected > 0
@@ -112,8 +121,10 @@ def test_draws_follow_the_filtered_distribution() -> None:
 
 def test_greedy_is_the_argmax_of_unmodified_logits() -> None:
     keys = jax.random.split(jax.random.key(0), len(LOGITS))
-    for settings in (Sampling(greedy=True, temperature=5.0, top_k=3, top_p=0.2), Sampling(temperature=0.0)):
-        np.testing.assert_array_equal(draw(jnp.asarray(LOGITS), keys, settings.values()), LOGITS.argmax(-1))
+    for settings in (GenerationConfig(do_sample=False, temperature=5.0, top_k=3, top_p=0.2), GenerationConfig(temperature=0.0)):
+        assert settings.greedy
+        np.testing.assert_array_equal(filtered(LOGITS, settings), LOGITS)
+        np.testing.assert_array_equal(draw(jnp.asarray(LOGITS), keys, np.bool_(True)), LOGITS.argmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -124,8 +135,10 @@ def test_greedy_is_the_argmax_of_unmodified_logits() -> None:
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.1}, "top_p=1.1"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"num_return_sequences": 0}, "num_return_sequences=0"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, float], named: str) -> None:
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        Sampling(**settings)
+        GenerationConfig(**settings)

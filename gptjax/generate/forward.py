@@ -1,0 +1,51 @@
+"""The model as generation calls it: a prompt in, one token in, several tokens in; always with the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import ModelConfig
+from gptjax.model import decoder
+from gptjax.model.attention import Cache
+
+
+def prefill(
+    params: Any, config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """(logits [B, V] in float32 of the token after each row's first `lengths_B`, the cache with positions 0 .. T - 1 written)."""
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    hidden_BTD, cache = hidden(params, config, tokens_BT, positions_BT, cache)
+    hidden_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
+    return logits(params, config, hidden_B1D)[:, 0], cache
+
+
+def step(params: Any, config: ModelConfig, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """(logits [B, V] of the token after `tokens_B`, which stand at `positions_B`; the cache with them written)."""
+    logits_B1V, cache = several(params, config, tokens_B[:, None], positions_B[:, None], cache)
+    return logits_B1V[:, 0], cache
+
+
+def several(
+    params: Any, config: ModelConfig, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """(logits [B, T, V] after each of the T tokens, the cache with them written)."""
+    hidden_BTD, cache = hidden(params, config, tokens_BT, positions_BT, cache)
+    return logits(params, config, hidden_BTD), cache
+
+
+def hidden(
+    params: Any, config: ModelConfig, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """(normed output of the last block [B, T, D], the cache with the tokens written)."""
+    found: Any = decoder.Decoder(config).apply(
+        {"params": params}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden
+    )
+    return found[0], found[1]
+
+
+def logits(params: Any, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Array:
+    """[B, T, V] in float32."""
+    return decoder.logits(hidden_BTD, decoder.output_table(params, config), config)
