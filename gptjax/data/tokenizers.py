@@ -389,6 +389,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id = self._first("<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[CLS]")
         self.eos_id = self._first("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[SEP]")
 
+    def name_of(self, i: int | None) -> str | None:
+        """How the file spells an id; None where it has none such."""
+        return None if i is None else self._tokenizer.id_to_token(i)
+
     def _first(self, *names: str) -> int | None:
         return next((i for name in names if (i := self._tokenizer.token_to_id(name)) is not None), None)
 

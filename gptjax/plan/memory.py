@@ -83,7 +83,7 @@ def saved_elements(config: Config, mesh: Any, platform: str) -> float:
         saved += layer.heads + 2 * layer.kv_heads + layer.width + ups * layer.hidden + layer.places
     if m.remat == "none":  # what they read, too
         saved += 2 * layer.width + layer.heads + ups * layer.hidden + 2 * layer.places
-        saved += layer.heads + layer.kv_heads if m.position == "rotary" else 0.0
+        saved += (layer.heads + layer.kv_heads) * ((m.position == "rotary") + m.query_key_norm)
     return saved
 
 
