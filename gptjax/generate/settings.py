@@ -267,7 +267,7 @@ _is_word = _is_list_of(_is_id, at_least=1)
 
 # By the declared type of a field.
 KINDS: dict[Any, Kind] = {
-    int: Kind("a whole number", "N", _is_int),
+    int: Kind("a whole number below 2**31 in size", "N", _is_int),
     float: Kind("a finite number", "X", _is_float),
     bool: Kind("true or false", "true|false", _is_bool),
     bool | str: Kind("true, false or never", "true|false|never", lambda value: value if value == "never" else _is_bool(value)),
@@ -277,7 +277,7 @@ KINDS: dict[Any, Kind] = {
     tuple[Ids, ...]: Kind("a list of lists of token ids, none empty", "[[ID,...],...]", _is_list_of(_is_word)),
     tuple[str, ...]: Kind("a list of strings, none empty", '["TEXT",...]', _is_list_of(_is_str)),
     tuple[int, float] | None: Kind(
-        "[tokens, factor], or none", "[N,X]", _is_none_or(_is_pair_of(_is_id, lambda value: _positive(_is_float(value))))
+        "[tokens, factor above 0], or none", "[N,X]", _is_none_or(_is_pair_of(_is_id, lambda value: _positive(_is_float(value))))
     ),
     Biases: Kind(
         "a list of pairs of a list of token ids and a finite number",

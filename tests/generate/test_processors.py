@@ -181,7 +181,7 @@ def test_a_row_with_nothing_left_takes_id_0() -> None:
     rng = np.random.default_rng(5)
     rows = [dataclasses.replace(row, limit=99) for row in random_rows(rng, length=5)]
     names, values = processors.plan(random_settings(rng), VOCABULARY)
-    for name, got in alone(names, values, jnp.full((ROWS, COLUMNS), -jnp.inf), history(rows, rng)).items():
+    for name, got in alone(names, values, np.full((ROWS, COLUMNS), -np.inf, np.float32), history(rows, rng)).items():
         for greedy in (True, False):
             assert not np.asarray(draw(got, jax.random.split(jax.random.key(0), ROWS), np.bool_(greedy))).any(), name
 
@@ -213,14 +213,15 @@ STRATEGIES: list[dict[str, Any]] = [
 ]
 
 
+NO_SEQUENCES = processors.plan(GenerationConfig(sequence_bias=[[[0, 0, 0], 0.0]]), VOCABULARY)[1]["sequence_bias"]
 # Values that change nothing.
 NEUTRAL: dict[str, Any] = {
-    "sequence_bias": (),
+    "sequence_bias": NO_SEQUENCES,
     "encoder_repetition_penalty": np.float32(1),
     "repetition_penalty": np.float32(1),
     "presence_and_frequency_penalty": (np.float32(0), np.float32(0)),
     "no_repeat_ngram_size": np.int32(99),
-    "bad_words_ids": (),
+    "bad_words_ids": NO_SEQUENCES,
     "temperature": np.float32(1),
     "top_h": np.float32(2),
     "top_k": processors.Part(np.int32(99)),
@@ -245,12 +246,10 @@ def test_draws_follow_the_exact_distribution_of_each_strategy_and_of_combination
     row = Row(tokens=[1, 2, 0, 3, 2, 1, 3, 3], prompt=[1, 2, 0, 3], limit=20)
     rng = np.random.default_rng(11)
     logits, past = 0.6 * random_logits(rng)[:1], history([row], rng)
-    nothing = processors.plan(GenerationConfig(sequence_bias=[[[0, 0, 0], 0.0]]), VOCABULARY)[1]["sequence_bias"]
     for number, strategy in enumerate(STRATEGIES):
         settings = GenerationConfig(**strategy)
         names, values = processors.plan(settings, VOCABULARY)
-        all_values = {name: nothing if value == () else value for name, value in NEUTRAL.items()} | values
-        observed = np.asarray(many_draws(all_values, logits, past, number))
+        observed = np.asarray(many_draws(NEUTRAL | values, logits, past, number))
         expected = logits[0].astype(np.float64)
         for name in names:
             expected = brute(name, expected, row, settings)
