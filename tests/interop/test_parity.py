@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import warnings
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from gptjax.interop.foreign import Foreign
 from gptjax.model import primitives
 from gptjax.model.decoder import Decoder
 from gptjax.train import run
+from tests.interop.transformer_models import random_transformer
 
 pytestmark = pytest.mark.parity
 
@@ -71,19 +71,9 @@ BFLOAT16 = {"gpt2", "neox sequential", "qwen2"}
 
 
 def random_model(case: str) -> Any:
-    """Every tensor random, norms and biases too, so that none is 0 or 1 by its initialisation."""
     kind, values = CASES[case]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs, at import
-        import torch
-        import transformers
-    config = transformers.AutoConfig.for_model(kind, vocab_size=101, **values)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return (model.bfloat16() if case in BFLOAT16 else model).eval()
+    model = random_transformer(kind, **values)
+    return model.bfloat16() if case in BFLOAT16 else model
 
 
 def theirs(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
