@@ -104,9 +104,10 @@ def for_inference(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, remat="none", attention="auto")
 
 
-def own_log_probs(logits_NV: jax.Array, vocab_size: jax.Array) -> jax.Array:
-    """Log-probabilities of the model's own distribution over the tokenizer's ids; -inf elsewhere."""
-    return jax.nn.log_softmax(processors.within_vocabulary(logits_NV, vocab_size), axis=-1)
+def log_probs_of(logits_NV: jax.Array, tokens_N: jax.Array) -> jax.Array:
+    """[N] log-probabilities of one token a row."""
+    chosen_N1 = jnp.take_along_axis(logits_NV, tokens_N[..., None], axis=-1)
+    return chosen_N1[..., 0] - jax.nn.logsumexp(logits_NV, axis=-1)
 
 
 def put(tokens_NW: jax.Array, places_N: jax.Array, values_N: jax.Array) -> jax.Array:

@@ -6,8 +6,8 @@ transformers has), and the best of the others go on. `early_stopping` as in tran
 as beams have finished and, with True, at once; with False, when the best open beam, were it to end now, would not be among them;
 with "never", when no continuation of it could be (for length_penalty > 0 it is given the longest length).
 
-Groups (Vijayakumar et al., 2016): each is a beam search of its own; at every step they choose one after the other, a token's score
-lowered by diversity_penalty for each beam of an earlier group that has just taken it.
+Groups (Vijayakumar et al., 2016): each is a beam search of its own; at every step they choose one after the other, and a token's
+score is lowered by diversity_penalty for each beam of an earlier group that has just taken it.
 
 With do_sample, candidates are drawn without replacement in proportion to exp(score) by the largest of score + Gumbel noise
 (Kool et al., 2019), from scores that processors have left renormalised (transformers' renormalize_logits).
@@ -32,8 +32,8 @@ import numpy as np
 from flax import struct
 
 from gptjax.config import ModelConfig, UserError
-from gptjax.generate import decode, forward
-from gptjax.generate.asked import Asked, Prompts, ask, for_inference, nothing, own_log_probs
+from gptjax.generate import decode, forward, processors
+from gptjax.generate.asked import Asked, Prompts, ask, for_inference, nothing
 from gptjax.generate.decode import Generated
 from gptjax.generate.settings import GenerationConfig
 from gptjax.model.attention import Cache
@@ -168,13 +168,13 @@ def _check(settings: GenerationConfig, guides: tuple[Any, ...], on_tokens: Any) 
         raise UserError(f"diversity_penalty={settings.diversity_penalty} must be a finite number, at least 0.")
     if settings.diversity_penalty and groups == 1:
         raise UserError(
-            f"diversity_penalty={settings.diversity_penalty} acts between groups of beams, but num_beam_groups=1; set one of them."
+            f"diversity_penalty={settings.diversity_penalty} acts between groups, but num_beam_groups=1; set one of them."
         )
     if groups > 1 and not settings.greedy:
         raise UserError(f"num_beam_groups={groups} with do_sample=True: diverse groups are not drawn; set do_sample=False.")
     if guides:
         raise UserError(
-            "beam search cannot follow a grammar, a pattern or stop strings, whose states do not move with beams; set num_beams=1."
+            "beam search cannot follow a grammar, a pattern or stop strings: their states don't move with beams; set num_beams=1."
         )
     if on_tokens is not None:
         raise UserError("beam search cannot stream: which beam is best is known at the end only; set num_beams=1.")
@@ -249,7 +249,7 @@ def _scores(
     """(the model's log-probabilities, the scores of the beams so extended), [B, M, V] both."""
     batch, beams, vocab = logits_BMV.shape
     rows_N = jnp.repeat(jnp.arange(batch), beams)
-    log_probs_NV = own_log_probs(logits_BMV.reshape(-1, vocab), asked.vocab_size)
+    log_probs_NV = jax.nn.log_softmax(processors.within_vocabulary(logits_BMV.reshape(-1, vocab), asked.vocab_size), axis=-1)
     scores_NV = log_probs_NV
     if shape.groups > 1:
         scores_NV = scores_NV - asked.numbers["diversity_penalty"] * taken_BV[rows_N]

@@ -13,7 +13,6 @@ Axis letters as in model/decoder.py, and P: padded prompt, W: prompt and continu
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +23,8 @@ import numpy as np
 from flax import struct
 
 from gptjax.config import ModelConfig, UserError
-from gptjax.generate import decode, forward
-from gptjax.generate.asked import Asked, Prompts, ask, for_inference, nothing, own_log_probs, put
+from gptjax.generate import decode, forward, processors
+from gptjax.generate.asked import Asked, Prompts, ask, for_inference, log_probs_of, nothing, put
 from gptjax.generate.decode import Generated
 from gptjax.generate.settings import GenerationConfig
 from gptjax.model.attention import Cache
@@ -142,7 +141,7 @@ def _extend(params: Any, config: ModelConfig, asked: Asked, candidates: int, sta
     """Every row that has not stopped with one token more."""
     batch = state.lengths_B.shape[0]
     rows_B = jnp.arange(batch)
-    own_BV = own_log_probs(state.logits_BV, asked.vocab_size)
+    own_BV = processors.within_vocabulary(state.logits_BV, asked.vocab_size)
     processed_BV = asked.processed(own_BV, state.tokens_BW, state.lengths_B, rows_B)
     probabilities_BC, tokens_BC = jax.lax.top_k(jax.nn.softmax(processed_BV, axis=-1), candidates)
 
@@ -158,7 +157,7 @@ def _extend(params: Any, config: ModelConfig, asked: Asked, candidates: int, sta
         tokens_BW=put(state.tokens_BW, place_B, token_B),
         lengths_B=state.lengths_B + alive_B,
         stopped_B=state.stopped_B | (alive_B & asked.is_eos_V[token_B]),
-        log_probs_BR=put(state.log_probs_BR, place_B - asked.lengths_B, own_BV[rows_B, token_B]),
+        log_probs_BR=put(state.log_probs_BR, place_B - asked.lengths_B, log_probs_of(own_BV, token_B)),
         directions_BWD=put(state.directions_BWD, place_B, _direction(hidden_BD)),
         logits_BV=forward.logits(params, config, hidden_BD[:, None])[:, 0],
         cache=_share(cache, chosen_B, state.lengths_B, candidates),

@@ -118,7 +118,7 @@ def generate_tokens(
 
     Raises `UserError` for an empty prompt, one longer than `max_seq_len`, and ids that the tokenizer does not have.
     """
-    _check(config, prompts, seed, vocab_size)
+    check_prompts(config, prompts, seed, vocab_size)
     if not prompts or settings.max_new_tokens == 0:
         empty = tuple(np.zeros(0, np.int32) for _ in prompts)
         no, none = np.zeros(len(prompts), bool), tuple(row.astype(np.float32) for row in empty)
@@ -158,7 +158,7 @@ def generate_tokens(
     )
 
 
-def _check(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarray], seed: int, vocab_size: int) -> None:
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarray], seed: int, vocab_size: int) -> None:
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} must be at least 0 and below 2**32.")
     if not 0 < vocab_size <= config.vocab_size:

@@ -29,7 +29,7 @@ from flax import struct
 
 from gptjax.config import ModelConfig, UserError
 from gptjax.generate import decode, forward, processors
-from gptjax.generate.asked import Asked, Prompts, ask, for_inference, nothing, own_log_probs, put
+from gptjax.generate.asked import Asked, Prompts, ask, for_inference, log_probs_of, nothing, put
 from gptjax.generate.decode import Generated
 from gptjax.generate.settings import GenerationConfig
 from gptjax.model.attention import Cache
@@ -206,7 +206,7 @@ def _draft(
         places_B2 = jnp.stack([jnp.maximum(lengths_B - 2, 0), lengths_B - 1], axis=1)
         fed_B2 = jnp.take_along_axis(tokens_BW, places_B2, axis=1)
         hidden_B2D, cache = forward.hidden(params, config, fed_B2, places_B2, cache)
-        logits_BV = own_log_probs(forward.logits(params, config, hidden_B2D[:, 1:])[:, 0], asked.vocab_size)
+        logits_BV = processors.within_vocabulary(forward.logits(params, config, hidden_B2D[:, 1:])[:, 0], asked.vocab_size)
         logits_BV = asked.processed(logits_BV, tokens_BW, lengths_B, rows_B)
         drawn_B = processors.draw(logits_BV, asked.keys(asked.samples_B, lengths_B, _DRAFT), asked.greedy)
         tokens_BW = put(tokens_BW, jnp.where(drafts_B, lengths_B, width), drawn_B)
@@ -261,13 +261,12 @@ def _verify(
     lengths_BY = state.lengths_B[:, None] + ahead_BY
     fed_BY = jnp.take_along_axis(state.tokens_BW, lengths_BY - 1, axis=1)
     logits_BYV, cache = forward.several(params, config, fed_BY, lengths_BY - 1, state.cache)
-    own_BYV = own_log_probs(logits_BYV, asked.vocab_size)
+    own_BYV = processors.within_vocabulary(logits_BYV, asked.vocab_size)
     rows_N = jnp.repeat(jnp.arange(batch), most + 1)
     own_NV = own_BYV.reshape(-1, own_BYV.shape[-1])
-    p_NV = asked.processed(own_NV, state.tokens_BW[rows_N], lengths_BY.reshape(-1), rows_N)
-    p_BYV = jax.nn.log_softmax(p_NV, axis=-1).reshape(own_BYV.shape)
+    processed_NV = asked.processed(own_NV, state.tokens_BW[rows_N], lengths_BY.reshape(-1), rows_N)
 
-    kept_B, token_B = _judge(asked, state, counts_B, p_BYV, q_BXV)
+    kept_B, token_B = _judge(asked, state, counts_B, processed_NV.reshape(own_BYV.shape), q_BXV)
     tokens_BW = put(state.tokens_BW, jnp.where(alive_B, state.lengths_B + kept_B, width), token_B)
     new_BY = jnp.take_along_axis(tokens_BW, jnp.minimum(state.lengths_B[:, None] + index_1Y, width - 1), axis=1)
     eos_BY = asked.is_eos_V[new_BY] & (index_1Y <= kept_B[:, None])
@@ -275,13 +274,12 @@ def _verify(
     added_B = jnp.where(alive_B, jnp.where(stops_B, jnp.argmax(eos_BY, axis=1), kept_B) + 1, 0)
     # Places past those that were added are out of range.
     places_BY = jnp.where(index_1Y < added_B[:, None], (state.lengths_B - asked.lengths_B)[:, None] + index_1Y, width)
-    log_probs_BY = jnp.take_along_axis(own_BYV, new_BY[..., None], axis=-1)[..., 0]
     return dataclasses.replace(
         state,
         tokens_BW=tokens_BW,
         lengths_B=state.lengths_B + added_B,
         stopped_B=state.stopped_B | (alive_B & stops_B),
-        log_probs_BR=state.log_probs_BR.at[rows_B1, places_BY].set(log_probs_BY, mode="drop"),
+        log_probs_BR=state.log_probs_BR.at[rows_B1, places_BY].set(log_probs_of(own_BYV, new_BY), mode="drop"),
         cache=cache,
         rounds_B=state.rounds_B + alive_B,
         drafted_B=state.drafted_B + counts_B,
@@ -290,10 +288,11 @@ def _verify(
 
 
 def _judge(
-    asked: Asked, state: _State, counts_B: jax.Array, p_BYV: jax.Array, q_BXV: jax.Array | None
+    asked: Asked, state: _State, counts_B: jax.Array, logits_BYV: jax.Array, q_BXV: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """(how many of each row's drafted tokens are kept [B], the token behind them [B])."""
-    batch, most = p_BYV.shape[0], p_BYV.shape[1] - 1
+    batch, most = logits_BYV.shape[0], logits_BYV.shape[1] - 1
+    p_BYV = jax.nn.log_softmax(logits_BYV, axis=-1)
     rows_B, index_1X = jnp.arange(batch), jnp.arange(most)[None]
     places_BX = state.lengths_B[:, None] + index_1X
     x_BX = jnp.take_along_axis(state.tokens_BW, jnp.minimum(places_BX, state.tokens_BW.shape[1] - 1), axis=1)
@@ -303,7 +302,7 @@ def _judge(
     keys = asked.keys(jnp.repeat(asked.samples_B, most), places_BX.reshape(-1), _KEEP)
     uniform_BX = jax.vmap(jax.random.uniform)(keys).reshape(batch, most)
     drawn_BX = jnp.log(uniform_BX) < p_of_x_BX - q_of_x_BX
-    keep_BX = jnp.where(asked.greedy, x_BX == jnp.argmax(p_BYV[:, :-1], axis=-1), drawn_BX) & (index_1X < counts_B[:, None])
+    keep_BX = jnp.where(asked.greedy, x_BX == jnp.argmax(logits_BYV[:, :-1], axis=-1), drawn_BX) & (index_1X < counts_B[:, None])
     kept_B = jnp.cumprod(keep_BX, axis=1).sum(axis=1)
 
     p_BV = p_BYV[rows_B, kept_B]
@@ -315,5 +314,5 @@ def _judge(
     rest_BV = jnp.where((kept_B < counts_B)[:, None], jnp.maximum(jnp.exp(p_BV) - q_BV, 0), jnp.exp(p_BV))
     # Where p and q differ by rounding alone nothing may be left, and p is as good.
     is_plain_B1 = asked.greedy | (rest_BV.sum(axis=-1, keepdims=True) <= 0)
-    rest_BV = jnp.where(is_plain_B1, p_BV, jnp.log(rest_BV))
+    rest_BV = jnp.where(is_plain_B1, logits_BYV[rows_B, kept_B], jnp.log(rest_BV))
     return kept_B, processors.draw(rest_BV, asked.keys(asked.samples_B, state.lengths_B + kept_B, _SETTLE), asked.greedy)
