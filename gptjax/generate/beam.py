@@ -12,8 +12,8 @@ score is lowered by diversity_penalty for each beam of an earlier group that has
 With do_sample, candidates are drawn without replacement in proportion to exp(score) by the largest of score + Gumbel noise
 (Kool et al., 2019), from scores that processors have left renormalised (transformers' renormalize_logits).
 
-The prompts go through the model once. A beam's cache follows it by gathering the slots of new tokens alone: those of the
-prompt are the same in all beams of one prompt.
+The prompts go through the model once. After each step the rows of the cache are gathered by the beams' parents, a copy of the
+cache that attention has just read.
 
 Axis letters as in model/decoder.py, and P: padded prompt, W: prompt and continuation, G: groups, M: beams of a group,
 J: candidates kept of each group, N = G * B * M rows of the cache.
@@ -202,7 +202,7 @@ def compiled_search(params: Any, asked: Asked, config: ModelConfig, shape: _Shap
     def body(state: _State) -> _State:
         state, logits_NV = _advance(params, config, asked, state)
         state, parents_GBM = _select(asked, shape, state, logits_NV.reshape(*places, -1))
-        return dataclasses.replace(state, cache=_follow(state.cache, parents_GBM, asked.lengths_B, shape.room))
+        return dataclasses.replace(state, cache=_follow(state.cache, parents_GBM))
 
     state = jax.lax.while_loop(lambda state: ~state.done_GB.all(), body, state)
     return _best(asked, state.finished, shape.returned)
@@ -318,22 +318,14 @@ def _is_done(asked: Asked, finished: _Texts, scores_BM: jax.Array, length: jax.A
     return enough_B | (scores_BM[:, 0] == -jnp.inf) | (length == asked.max_new_tokens)
 
 
-def _follow(cache: Cache, parents_GBM: jax.Array, lengths_B: jax.Array, room: int) -> Cache:
-    """The cache with each beam's slots of new tokens taken over from its parent."""
+def _follow(cache: Cache, parents_GBM: jax.Array) -> Cache:
+    """The cache with each beam's row taken over from its parent."""
     groups, batch, beams = parents_GBM.shape
-
-    def one(slots_LMSKH: jax.Array, parents_M: jax.Array, start: jax.Array) -> jax.Array:
-        new_LMRKH = jax.lax.dynamic_slice_in_dim(slots_LMSKH, start, room, axis=2)
-        return jax.lax.dynamic_update_slice_in_dim(slots_LMSKH, new_LMRKH[:, parents_M], start, axis=2)
-
-    over_batch = jax.vmap(one, in_axes=(1, 0, 0), out_axes=1)
-    over_groups = jax.vmap(over_batch, in_axes=(1, 0, None), out_axes=1)
-
-    def follow(slots: jax.Array) -> jax.Array:
-        apart = slots.reshape(slots.shape[0], groups, batch, beams, *slots.shape[2:])
-        return over_groups(apart, parents_GBM, lengths_B).reshape(slots.shape)
-
-    return jax.tree.map(follow, cache)
+    first_GB1 = beams * jnp.arange(groups * batch).reshape(groups, batch, 1)
+    rows_N = (first_GB1 + parents_GBM).reshape(-1)
+    # All slots: moving those of new tokens alone, in place, would read less, but XLA's CPU backend (jaxlib 0.10.2) makes one loop
+    # of such a gather and update, which reads rows that it has just overwritten.
+    return jax.tree.map(lambda slots: slots[:, rows_N], cache)
 
 
 def _best(asked: Asked, finished: _Texts, returned: int) -> tuple[_Texts, jax.Array]:
