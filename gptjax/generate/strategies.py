@@ -55,8 +55,8 @@ def choose(settings: GenerationConfig, draft: Draft | None = None) -> str:
         raise UserError(f"num_beam_groups={settings.num_beam_groups} needs beams to divide: num_beams={settings.num_beams}.")
     if name == "contrastive search" and settings.num_return_sequences > 1:
         raise UserError(
-            f"num_return_sequences={settings.num_return_sequences} with penalty_alpha={settings.penalty_alpha}: contrastive search "
-            "has one answer to a prompt; set one of them off."
+            f"num_return_sequences={settings.num_return_sequences} with penalty_alpha={settings.penalty_alpha}: contrastive "
+            "search has one answer to a prompt; set one of them off."
         )
     return name
 

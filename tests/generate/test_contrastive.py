@@ -16,8 +16,8 @@ from gptjax.generate.settings import GenerationConfig
 from gptjax.model.decoder import Decoder
 from tests.generate.small_models import FAMILIES, full_logits, model_config, random_params
 
-CONFIG = model_config(**FAMILIES["gpt2"], max_seq_len=24)
-PARAMS = random_params(CONFIG)
+CONFIG = model_config(**FAMILIES["llama"], max_seq_len=24)
+PARAMS = random_params(CONFIG, 2, scale=0.5)
 PROMPTS = [[3, 1, 4, 1, 5], [9], [6, 5, 3, 5, 8, 9, 7]]
 COUNT, K = 12, 4
 
@@ -59,7 +59,7 @@ def lists(generated: Generated) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.6, 1.0])
-@pytest.mark.parametrize("eos", [-1, 9, 26])
+@pytest.mark.parametrize("eos", [-1, 7, 19])
 def test_every_token_is_the_best_by_the_papers_formula(alpha: float, eos: int) -> None:
     got = search(PROMPTS, eos, penalty_alpha=alpha)
     assert lists(got) == [reference(prompt, alpha, eos) for prompt in PROMPTS]
@@ -71,7 +71,7 @@ def test_every_token_is_the_best_by_the_papers_formula(alpha: float, eos: int) -
 
 
 def test_the_cases_stop_and_differ() -> None:
-    rows = [lists(search(PROMPTS, eos, penalty_alpha=alpha)) for alpha in (0.1, 0.6) for eos in (-1, 9, 26)]
+    rows = [lists(search(PROMPTS, eos, penalty_alpha=alpha)) for alpha in (0.1, 0.6) for eos in (-1, 7, 19)]
     assert rows[0] != rows[3], "alpha should matter"
     assert len({len(row) for case in rows for row in case}) > 1, "some should stop"
 
@@ -94,7 +94,7 @@ def test_penalties_and_lengths_of_a_bucket_share_one_compilation() -> None:
     [
         ({"penalty_alpha": 0.0}, "penalty_alpha=0.0"),
         ({"penalty_alpha": 1.5}, "penalty_alpha=1.5"),
-        ({"top_k": 1}, "not 1"),
+        ({"top_k": 1}, "top_k=1"),
         ({"do_sample": True}, "do_sample=True"),
         ({"max_new_tokens": 20}, "max_new_tokens=20 are more than model.max_seq_len=24"),
     ],

@@ -1,4 +1,4 @@
-"""Speculative decoding against plain decoding: token for token when greedy, by chi-square against exact distributions when not."""
+"""Speculative decoding against plain decoding: token for token when greedy, else by chi-square against exact distributions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_greedy_equals_plain_greedy_token_for_token(drafted: str) -> None:
         if drafted == "by lookup":
             got = run(params, PROMPTS, LOOKUP, eos_ids=eos_ids)
         else:
-            # Part of a model is a draft that is often right, which strangers are not.
+            # A stranger's drafts are never right; the model's own, disturbed a little, often are.
             got = run(params, PROMPTS, GREEDY, (near(params, seed), CONFIG), eos_ids=eos_ids)
         assert lists(got) == lists(expected)
         np.testing.assert_array_equal(got.stopped, expected.stopped)
@@ -62,7 +62,7 @@ def test_greedy_equals_plain_greedy_token_for_token(drafted: str) -> None:
 
 def near(params: Any, seed: int) -> Any:
     """The model with noise on its head."""
-    noise = np.random.default_rng(seed).normal(0, 0.3, params["head"].shape).astype(np.float32)
+    noise = np.random.default_rng(seed).normal(0, 0.1, params["head"].shape).astype(np.float32)
     return params | {"head": params["head"] + noise}
 
 
@@ -122,7 +122,7 @@ def exact(prompt: tuple[int, ...], length: int, temperature: float, k: int, eos:
 def test_draws_follow_the_models_own_distribution(drafted: str) -> None:
     """Chi-square of whole continuations over 100,000 draws, for several settings that share a compilation."""
     prompt, rows, eos, length = [1, 2, 0, 1, 3, 1, 2], 25_000, 4, 3
-    for temperature, k, count in [(0.7, 4, 2), (1.0001, 5, 4), (2.0, 3, 4)]:
+    for temperature, k, count in [(0.7, 4, 2), (2.0, 5, 4)]:
         given = {"max_new_tokens": length, "temperature": temperature, "top_k": k, "num_assistant_tokens": count}
         settings = GenerationConfig(**given, prompt_lookup_num_tokens=count if drafted == "by lookup" else 0)
         draft = None if drafted == "by lookup" else (TINY_DRAFT, TINY)
