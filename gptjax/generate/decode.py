@@ -24,7 +24,7 @@ import numpy as np
 from flax import struct
 
 from gptjax.config import ModelConfig, UserError
-from gptjax.generate import forward, processors
+from gptjax.generate import forward, processors, weights
 from gptjax.generate.guides import Guide
 from gptjax.generate.listening import OnTokens, listening, tell
 from gptjax.generate.processors import History, Vocabulary
@@ -189,6 +189,7 @@ def compiled_generate(
     log-probabilities of new tokens [B, room]). `room`: space for new tokens.
     """
     batch, width = request.prompts_BP.shape
+    params = weights.prepare(params, config)
     cache = Cache.empty(config, batch, min(width + room, config.max_seq_len))
     logits_BV, cache = forward.prefill(params, config, request.prompts_BP, request.lengths_B, cache)
     rows = _Rows(
