@@ -1,7 +1,7 @@
 """The model as generation calls it: a prompt in, one token in, several tokens in; always with the cache.
 
-`params` may be the model's own, or what `weights.prepare` made of them. A loop should be given the latter: the former are prepared
-at every call.
+`params` may be the model's own, or what `weights.prepare` made of them. A loop should be given the latter: the
+former are prepared at every call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.generate import weights
-from gptjax.model import decoder
+from gptjax.model import decoder, primitives
 from gptjax.model.attention import Cache
 
 
@@ -48,9 +48,10 @@ def hidden(
     rows = tokens_BT.shape[0]
     if rows < cache.rows:  # the cache has what the mesh divides
         tokens_BT, positions_BT = (jnp.pad(x_BT, ((0, cache.rows - rows), (0, 0))) for x_BT in (tokens_BT, positions_BT))
-    found: Any = decoder.Decoder(config).apply(
-        {"params": weights.prepare(params, config)}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden
-    )
+    with primitives.fixed_order():
+        found: Any = decoder.Decoder(config).apply(
+            {"params": weights.prepare(params, config)}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden
+        )
     return found[0][:rows], found[1]
 
 

@@ -101,7 +101,7 @@ def quantised(kernel_OI: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=("config", "weights"))
 def rounded(params: Any, config: ModelConfig, weights: str) -> Any:
-    """The model's own tree in float32, each weight replaced by what `prepare` stores in its place: for a loss with such weights."""
+    """The model's own tree in float32, each weight replaced by what `prepare` stores: for a loss with such weights."""
     check(config, weights)
     prepared = prepare(params, config, weights)
 

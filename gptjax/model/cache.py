@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from gptjax.config import ModelConfig
+from gptjax.model import primitives
 from gptjax.parallel.sharding import constrain, parts
 
 # Keys are seen in blocks of this many, whatever the cache's length: what a row's bits are made of does not depend on it.
@@ -34,7 +35,7 @@ class Cache:
         """For `length` positions and `batch` rows at least: lengths go up to whole blocks, rows to what the mesh divides."""
         rows = -(-batch // parts("batch")) * parts("batch")
         shape = (config.num_layers, rows, -(-length // BLOCK) * BLOCK, config.num_kv_heads, config.head_dim)
-        return cls(*(_laid_out(jnp.zeros(shape, config.dtype)) for _ in range(2)))
+        return cls(_laid_out(jnp.zeros(shape, config.dtype)), _laid_out(jnp.zeros(shape, config.dtype)))
 
     @property
     def rows(self) -> int:
@@ -103,7 +104,7 @@ def cached_attention(
         # exp(floor - highest) is exactly 0, but where nothing has been seen yet, whose sums the first seen key wipes out.
         weights_BKMC = jnp.exp(scores_BKMC - new_BKM[..., None])
         kept_BKM = jnp.exp(highest_BKM - new_BKM)
-        total_BKM = total_BKM * kept_BKM + weights_BKMC.sum(-1)
+        total_BKM = total_BKM * kept_BKM + primitives.ordered_sum(weights_BKMC)[..., 0]
         seen_BKMH = jnp.einsum("BKMC,BKCH->BKMH", weights_BKMC.astype(v_BKCH.dtype), v_BKCH, preferred_element_type=jnp.float32)
         return new_BKM, total_BKM, out_BKMH * kept_BKM[..., None] + seen_BKMH
 

@@ -167,7 +167,8 @@ class Decoder(nn.Module):
         block, layers = Block(c, parent=None), self.variables["params"]["layers"]
         for n in range(c.num_layers):
             own = layers[str(n)] if str(n) in layers else jax.tree.map(lambda leaf, n=n: leaf[n], layers)
-            x_BTD, (written, _) = block.apply({"params": own}, x_BTD, shared, n, cache.of_layer(n))
+            applied: Any = block.apply({"params": own}, x_BTD, shared, n, cache.of_layer(n))
+            x_BTD, (written, _) = applied
             cache = written.of_layer(-1)
         return x_BTD, cache, None
 

@@ -26,7 +26,8 @@ def parameter(module: nn.Module, name: str, initializer: Any, axes: tuple[str, .
     One that stands there as a `Kernel` comes back as it is. Raises as `sharding.spec` does, naming the parameter: here, since
     the activations that it makes would fail first.
     """
-    if isinstance(stored := module.get_variable("params", name), Kernel):
+    stored: Any = module.get_variable("params", name)
+    if isinstance(stored, Kernel):
         return stored
     spec(*axes, array="parameter " + "/".join((*module.path, name)))
     return module.param(name, nn.with_logical_partitioning(initializer, axes), shape, jnp.dtype(dtype))
