@@ -24,13 +24,14 @@ import numpy as np
 from flax import struct
 
 from gptjax.config import ModelConfig, UserError
-from gptjax.generate import forward, processors
+from gptjax.generate import forward, processors, weights
 from gptjax.generate.guides import Guide
 from gptjax.generate.listening import OnTokens, listening, tell
 from gptjax.generate.processors import History, Vocabulary
 from gptjax.generate.settings import GenerationConfig
 from gptjax.model.attention import Cache
 from gptjax.parallel import hosts
+from gptjax.parallel.sharding import constrain
 
 # What the seed's random key is for, folded into it first; initial parameters and dropout have 0 and 1.
 SAMPLE = 2
@@ -60,6 +61,7 @@ class _Request:
     prompts_BP: Any
     lengths_B: Any
     samples_B: Any
+    rows: Any
     seed: Any
     is_eos_V: Any
     vocab_size: Any
@@ -133,6 +135,7 @@ def generate_tokens(
         prompts_BP,
         lengths_B,
         np.zeros(len(prompts), np.int32) if samples is None else np.asarray(samples, np.int32),
+        rows=np.int32(len(prompts)),
         seed=np.uint32(seed),
         is_eos_V=np.isin(np.arange(config.vocab_size), eos_ids),
         vocab_size=np.int32(vocab_size),
@@ -147,7 +150,7 @@ def generate_tokens(
     config = dataclasses.replace(config, remat="none", attention="auto")
     with listening(on_tokens) as listener:
         request = dataclasses.replace(request, listener=np.int32(listener.number))
-        result = listener.wait(compiled_generate(params, request, guides, config, bucket(settings.max_new_tokens)))
+        result = listener.check(compiled_generate(params, request, guides, config, bucket(settings.max_new_tokens)))
     tokens_BW, ends_B, stopped_B, guided_B, log_probs_BR = hosts.fetch(result)
     spans = list(zip(lengths_B, ends_B, strict=True))
     return Generated(
@@ -189,6 +192,7 @@ def compiled_generate(
     log-probabilities of new tokens [B, room]). `room`: space for new tokens.
     """
     batch, width = request.prompts_BP.shape
+    params = weights.prepare(params, config)
     cache = Cache.empty(config, batch, min(width + room, config.max_seq_len))
     logits_BV, cache = forward.prefill(params, config, request.prompts_BP, request.lengths_B, cache)
     rows = _Rows(
@@ -222,18 +226,16 @@ def _append(request: _Request, rows: _Rows, logits_BV: jax.Array) -> _Rows:
         request.samples_B, rows.lengths_B
     )
     history = History(rows.tokens_BW, rows.lengths_B, request.lengths_B, request.lengths_B + request.max_new_tokens)
-    own_BV = processors.within_vocabulary(logits_BV, request.vocab_size)
+    own_BV = processors.within_vocabulary(constrain(logits_BV, None, None), request.vocab_size)
     logits_BV = own_BV
     for guide in rows.guides:
         logits_BV = guide.allowed(logits_BV, history, history.limits_B - history.lengths_B)
-    logits_BV = processors.process(request.names, request.values, logits_BV, history)
-    chosen_B = processors.draw(logits_BV, keys_B, request.greedy)
+    chosen_B, log_probs_B = _draw(request, logits_BV, own_BV, keys_B, history)
 
     alive_B = ~(rows.stopped_B | rows.guided_B)
     here_B = jnp.arange(alive_B.shape[0])
     # Out of range, so dropped, where a row has stopped.
     places_B = jnp.where(alive_B, rows.lengths_B, rows.tokens_BW.shape[1])
-    log_probs_B = own_BV[here_B, chosen_B] - jax.nn.logsumexp(own_BV, axis=-1)
     guides = tuple(guide.advanced(chosen_B, alive_B) for guide in rows.guides)
     guided_B = rows.guided_B
     for guide in guides:
@@ -249,6 +251,31 @@ def _append(request: _Request, rows: _Rows, logits_BV: jax.Array) -> _Rows:
         drawn=rows.drawn + 1,
         go_on=tell(request.listener, chosen_B, alive_B) if request.heard else rows.go_on,
     )
+
+
+def _draw(
+    request: _Request, logits_BV: jax.Array, own_BV: jax.Array, keys_B: jax.Array, history: History
+) -> tuple[jax.Array, jax.Array]:
+    """(a token of each row from `logits_BV` by the processors, its log-probability by `own_BV`), one row after the other.
+
+    How XLA takes a sum over the vocabulary depends on the array's size, so that each row goes through the same loop by itself,
+    whose length is no constant and which takes rows out of two at least: otherwise a batch of one would be compiled without it.
+    """
+    batch = logits_BV.shape[0]
+    of_rows = (logits_BV, own_BV, keys_B, history)
+    if batch == 1:
+        of_rows = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), of_rows)
+
+    def draw_row(number: jax.Array, drawn: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        row = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number, 1), of_rows)
+        logits_1V, own_1V, keys_1, history_1 = row
+        logits_1V = processors.process(request.names, request.values, logits_1V, history_1)
+        chosen_1 = processors.draw(logits_1V, keys_1, request.greedy)
+        log_probs_1 = own_1V[0, chosen_1] - jax.nn.logsumexp(own_1V, axis=-1)
+        return drawn[0].at[number].set(chosen_1[0]), drawn[1].at[number].set(log_probs_1[0])
+
+    none = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
+    return jax.lax.fori_loop(0, request.rows, draw_row, none)
 
 
 def _advance(params: Any, config: ModelConfig, rows: _Rows) -> tuple[_Rows, jax.Array]:
