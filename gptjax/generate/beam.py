@@ -32,11 +32,11 @@ import numpy as np
 from flax import struct
 
 from gptjax.config import ModelConfig, UserError
-from gptjax.generate import decode, forward, processors
+from gptjax.generate import decode, forward, processors, weights
 from gptjax.generate.asked import Asked, Prompts, ask, for_inference, nothing
 from gptjax.generate.decode import Generated
 from gptjax.generate.settings import GenerationConfig
-from gptjax.model.attention import Cache
+from gptjax.model.cache import Cache
 from gptjax.parallel import hosts
 
 
@@ -184,6 +184,7 @@ def _check(settings: GenerationConfig, guides: tuple[Any, ...], on_tokens: Any) 
 def compiled_search(params: Any, asked: Asked, config: ModelConfig, shape: _Shape) -> tuple[_Texts, jax.Array]:
     """(the best texts [B, returned], whether each ends in eos [B, returned])."""
     batch, width = asked.prompts_BP.shape
+    params = weights.prepare(params, config)
     places = (shape.groups, batch, shape.beams)
     _, cache = forward.prefill(params, config, asked.prompts_BP, asked.lengths_B, Cache.empty(config, batch, width + shape.room))
     rows_N = jnp.broadcast_to(jnp.arange(batch)[None, :, None], places).reshape(-1)

@@ -23,11 +23,11 @@ import numpy as np
 from flax import struct
 
 from gptjax.config import ModelConfig, UserError
-from gptjax.generate import decode, forward, processors
+from gptjax.generate import decode, forward, processors, weights
 from gptjax.generate.asked import Asked, Prompts, ask, for_inference, log_probs_of, nothing, put
 from gptjax.generate.decode import Generated
 from gptjax.generate.settings import GenerationConfig
-from gptjax.model.attention import Cache
+from gptjax.model.cache import Cache
 from gptjax.parallel import hosts
 
 
@@ -114,6 +114,7 @@ def compiled_search(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(tokens [B, W], tokens of each row in use [B], rows that chose eos [B], log-probabilities of new tokens [B, room])."""
     batch, width = asked.prompts_BP.shape
+    params = weights.prepare(params, config)
     positions_BP = jnp.broadcast_to(jnp.arange(width), (batch, width))
     cache = Cache.empty(config, batch, width + room)
     hidden_BPD, cache = forward.hidden(params, config, asked.prompts_BP, positions_BP, cache)

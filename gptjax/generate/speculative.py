@@ -28,11 +28,11 @@ import numpy as np
 from flax import struct
 
 from gptjax.config import ModelConfig, UserError
-from gptjax.generate import decode, forward, processors
+from gptjax.generate import decode, forward, processors, weights
 from gptjax.generate.asked import Asked, Prompts, ask, for_inference, log_probs_of, nothing, put
 from gptjax.generate.decode import Generated
 from gptjax.generate.settings import GenerationConfig
-from gptjax.model.attention import Cache
+from gptjax.model.cache import Cache
 from gptjax.parallel import hosts
 
 Draft = tuple[Any, ModelConfig]  # parameters and config
@@ -156,6 +156,8 @@ def compiled_rounds(
 ) -> dict[str, jax.Array]:
     """Fields of the last state. `most`: space for drafted tokens; `room`: for new tokens."""
     batch, width = asked.prompts_BP.shape
+    params = weights.prepare(params, config)
+    draft_params = None if draft_config is None else weights.prepare(draft_params, draft_config)
 
     def filled(params: Any, config: ModelConfig) -> Cache:
         cache = Cache.empty(config, batch, width + room)

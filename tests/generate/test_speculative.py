@@ -21,7 +21,7 @@ PROMPTS = [[3, 1, 4, 1, 5], [9], [6, 5, 3, 5, 8, 9, 5], [7, 7, 7]]
 GREEDY = GenerationConfig(max_new_tokens=16, do_sample=False, num_assistant_tokens=4)
 LOOKUP = dataclasses.replace(GREEDY, prompt_lookup_num_tokens=4)
 
-TINY = model_config(**FAMILIES["gpt2"], vocab_size=5, num_layers=1, model_dim=8, num_heads=2, max_seq_len=16)
+TINY = model_config(**FAMILIES["gpt2"], vocab_size=5, num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, max_seq_len=16)
 TINY_PARAMS, TINY_DRAFT = random_params(TINY, 0, scale=0.5), random_params(TINY, 1, scale=0.5)
 
 
