@@ -22,7 +22,7 @@ GREEDY = GenerationConfig(max_new_tokens=16, do_sample=False, num_assistant_toke
 LOOKUP = dataclasses.replace(GREEDY, prompt_lookup_num_tokens=4)
 
 TINY = model_config(**FAMILIES["gpt2"], vocab_size=5, num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, max_seq_len=16)
-TINY_PARAMS, TINY_DRAFT = random_params(TINY, 0, scale=0.5), random_params(TINY, 1, scale=0.5)
+TINY_PARAMS, TINY_DRAFT = random_params(TINY, 0, scale=0.3), random_params(TINY, 1, scale=0.3)
 
 
 def run(params: Any, prompts: list[list[int]], settings: GenerationConfig, draft: Any = None, **changes: Any) -> Speculated:
