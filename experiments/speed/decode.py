@@ -4,7 +4,7 @@
     python experiments/speed/decode.py --batch 1 --rounds 5 --json figures.json
 
 Rounds alternate: in each one every kind generates once, in turning order, and the bandwidth of a streaming read with all
-threads is taken beside it, over as many bytes as a token reads. Prefill: the time to the first token; decode: what the others take.
+threads is taken beside it, over as many bytes as a token reads. Prefill: the time to the first token; decode: what others take.
 `share` of the bound: (bytes of weights read a token / measured bandwidth) / seconds a decoding step. `over` a kind: the median
 over rounds of its seconds a step by ours.
 """
