@@ -1,4 +1,8 @@
-"""The model as generation calls it: a prompt in, one token in, several tokens in; always with the cache."""
+"""The model as generation calls it: a prompt in, one token in, several tokens in; always with the cache.
+
+`params` may be the model's own, or what `weights.prepare` made of them. A loop should be given the latter: the
+former are prepared at every call.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
-from gptjax.model import decoder
+from gptjax.generate import weights
+from gptjax.model import decoder, primitives
 from gptjax.model.attention import Cache
 
 
@@ -40,12 +45,16 @@ def hidden(
     params: Any, config: ModelConfig, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """(normed output of the last block [B, T, D], the cache with the tokens written)."""
-    found: Any = decoder.Decoder(config).apply(
-        {"params": params}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden
-    )
-    return found[0], found[1]
+    rows = tokens_BT.shape[0]
+    if rows < cache.rows:  # the cache has what the mesh divides
+        tokens_BT, positions_BT = (jnp.pad(x_BT, ((0, cache.rows - rows), (0, 0))) for x_BT in (tokens_BT, positions_BT))
+    with primitives.fixed_order():
+        found: Any = decoder.Decoder(config).apply(
+            {"params": weights.prepare(params, config)}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden
+        )
+    return found[0][:rows], found[1]
 
 
 def logits(params: Any, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Array:
     """[B, T, V] in float32."""
-    return decoder.logits(hidden_BTD, decoder.output_table(params, config), config)
+    return decoder.logits(hidden_BTD, decoder.output_table(weights.prepare(params, config), config), config)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gptjax.config import Config, UserError
-from gptjax.generate.decode import generate_tokens
+from gptjax.generate import strategies
 from gptjax.generate.settings import GenerationConfig
 
 
@@ -53,15 +53,14 @@ def generate_text(
     """
     ids = [_encode(config, tokenizer, prompt) for prompt in prompts]
     requests = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(settings.num_return_sequences)]
-    generated = generate_tokens(
+    generated = strategies.generate(
         params,
         config.model,
-        [ids[prompt] for prompt, _ in requests],
+        ids,
         settings=settings,
         seed=seed,
         eos_ids=settings.eos_ids(tokenizer.eos_id),
         vocab_size=tokenizer.vocab_size,
-        samples=[sample for _, sample in requests],
     )
     return [
         Completion(

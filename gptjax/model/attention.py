@@ -1,4 +1,4 @@
-"""Attention: projections, the key/value cache as an explicit value, and backends in a table. Axis letters: see decoder.py."""
+"""Attention: projections, and backends in a table. Axis letters: see decoder.py."""
 
 from __future__ import annotations
 
@@ -9,46 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 
 from gptjax.config import ModelConfig, UserError, attention_refusal
 from gptjax.model import primitives
 from gptjax.model.blockwise import blockwise_attention
+from gptjax.model.cache import Cache, cached_attention, visible
 from gptjax.model.context import Shared, context_attention
 from gptjax.model.layers import Norm, Projection
 from gptjax.model.positions import rotate
 from gptjax.model.splash import splash_attention, splash_context_attention
 from gptjax.parallel.sharding import spec
-
-
-@struct.dataclass
-class Cache:
-    """Keys and values of the tokens seen so far, [L, B, S, K, H] each; slot s holds the token at position s.
-
-    Slots past a row's last position hold leftovers of padding; the mask never lets a query see past its own position, and the
-    row's next tokens overwrite them.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-
-    @classmethod
-    def empty(cls, config: ModelConfig, batch: int, length: int) -> Cache:
-        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-
-    def write(self, keys_BTKH: jax.Array, values_BTKH: jax.Array, positions_BT: jax.Array) -> Cache:
-        """The cache of one layer ([B, S, K, H] each) with the keys and values of T tokens put at their positions."""
-        rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-        return Cache(
-            self.keys.at[rows_B1, positions_BT].set(keys_BTKH, mode="drop"),
-            self.values.at[rows_B1, positions_BT].set(values_BTKH, mode="drop"),
-        )
-
-
-def visible(before: jax.Array, window: int) -> jax.Array:
-    """Whether a query may see a key that stands `before` places before it: none later, and of the latest `window` (0: all)."""
-    return (before >= 0) & (before < window) if window else before >= 0
 
 
 def causal_mask(length: int, segment_ids_BT: jax.Array | None, window: int = 0) -> jax.Array:
@@ -260,8 +230,7 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
         if cache is not None:
             cache = cache.write(k_BTKH, v_BTKH, positions_BT)
-            seen_BTS = visible(positions_BT[:, :, None] - jnp.arange(cache.keys.shape[1]), c.attention_window)
-            out_BTNH = masked_attention(q_BTNH, cache.keys, cache.values, seen_BTS, softcap=c.attention_softcap)
+            out_BTNH = cached_attention(q_BTNH, cache, positions_BT, c.attention_window, c.attention_softcap)
         elif self.is_initializing():
             out_BTNH = q_BTNH  # parameters don't depend on it, and a kernel may want longer rows than they are made with
         else:

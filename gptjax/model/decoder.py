@@ -22,6 +22,7 @@ from gptjax.config import ModelConfig
 from gptjax.model import primitives
 from gptjax.model.attention import Attention, Cache
 from gptjax.model.experts import ROUTED, ExpertMLP, RouterStats
+from gptjax.model.kernels import Kernel
 from gptjax.model.layers import MLP, PROJECTED, Norm, parameter
 from gptjax.model.positions import rotary_angles
 from gptjax.parallel.pipeline import num_micro_batches, pipelined
@@ -89,8 +90,10 @@ class Embedding(nn.Module):
         return x_BTD.astype(self.config.dtype)
 
 
-def _look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+def _look_up(table_VD: Any, ids_BT: jax.Array) -> jax.Array:
     """[B, T, D], each device looking up its own rows in its own part of the width."""
+    if isinstance(table_VD, Kernel):
+        return constrain(table_VD.rows(ids_BT), "batch", "length", None)
     x_BTD = primitives.embed(constrain(table_VD, None, "lookup_width"), ids_BT)
     return constrain(x_BTD, "batch", "length", "lookup_width")
 
@@ -152,9 +155,25 @@ class Decoder(nn.Module):
         shared = (positions_BT, angles, segment_ids_BT, dropout_keys)
         if axis_size("stage") > 1 and cache is None and not self.is_initializing():
             x_BTD, stats = self._through_stages(x_BTD, shared)
+        elif cache is not None:
+            x_BTD, cache, stats = self._with_cache(x_BTD, shared, cache)
         else:
-            x_BTD, (cache, stats) = self.layers(x_BTD, shared, jnp.arange(c.num_layers), cache)
+            x_BTD, (_, stats) = self.layers(x_BTD, shared, jnp.arange(c.num_layers), None)
         return self.final_norm(x_BTD), cache, stats
+
+    def _with_cache(self, x_BTD: jax.Array, shared: tuple[Any, ...], cache: Cache) -> tuple[jax.Array, Cache, None]:
+        """`self.layers` one after the other, on the same parameters or on those that generation has prepared.
+
+        A scan would copy each layer's kernels and cache out of the stack, and the cache back, for every token.
+        """
+        c = self.config
+        block, layers = Block(c, parent=None), self.variables["params"]["layers"]
+        for n in range(c.num_layers):
+            own = layers[str(n)] if str(n) in layers else jax.tree.map(lambda leaf, n=n: leaf[n], layers)
+            applied: Any = block.apply({"params": own}, x_BTD, shared, n, cache.of_layer(n))
+            x_BTD, (written, _) = applied
+            cache = written.of_layer(-1)
+        return x_BTD, cache, None
 
     def _through_stages(self, x_BTD: jax.Array, shared: tuple[Any, ...]) -> tuple[jax.Array, RouterStats | None]:
         """`self.layers` as a pipeline, on the same parameters."""
@@ -176,13 +195,15 @@ class Decoder(nn.Module):
         return logits(hidden_BTD, table, self.config), cache
 
 
-def logits(hidden_BTD: jax.Array, table: jax.Array, config: ModelConfig) -> jax.Array:
-    """[B, T, V] in float32; `table` is the embedding [V, D] where it is tied, the head [D, V] where not."""
+def logits(hidden_BTD: jax.Array, table: Any, config: ModelConfig) -> jax.Array:
+    """[B, T, V] in float32; `table` is the embedding [V, D] where it is tied, the head [D, V] where not, or either's `Kernel`."""
+    if isinstance(table, Kernel):
+        return table(hidden_BTD)
     dtype = jnp.dtype(config.dtype)
     equation = "BTD,VD->BTV" if config.tied_embeddings else "BTD,DV->BTV"
     return jnp.einsum(equation, hidden_BTD.astype(dtype), table.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def output_table(params: Any, config: ModelConfig) -> jax.Array:
-    """The parameter that turns hidden vectors into logits: [V, D] where tied, [D, V] where not."""
+def output_table(params: Any, config: ModelConfig) -> Any:
+    """The parameter that turns hidden vectors into logits: [V, D] where tied, [D, V] where not, or either's `Kernel`."""
     return params["embed"]["tokens"] if config.tied_embeddings else params["head"]

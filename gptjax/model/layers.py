@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.model import primitives
+from gptjax.model.kernels import Kernel
 from gptjax.parallel.sharding import constrain, spec
 
 ACTIVATIONS = {"gelu": primitives.gelu, "gelu_tanh": primitives.gelu_tanh, "relu": jax.nn.relu, "silu": jax.nn.silu}
@@ -22,10 +23,22 @@ PROJECTED = "projected"  # the name of every projection's result, by which remat
 def parameter(module: nn.Module, name: str, initializer: Any, axes: tuple[str, ...], shape: tuple[int, ...], dtype: str) -> Any:
     """A parameter whose dimensions carry logical axis names.
 
-    Raises as `sharding.spec` does, naming the parameter: here, since the activations that it makes would fail first.
+    One that stands there as a `Kernel` comes back as it is. Raises as `sharding.spec` does, naming the parameter: here, since
+    the activations that it makes would fail first.
     """
+    stored: Any = module.get_variable("params", name)
+    if isinstance(stored, Kernel):
+        return stored
     spec(*axes, array="parameter " + "/".join((*module.path, name)))
     return module.param(name, nn.with_logical_partitioning(initializer, axes), shape, jnp.dtype(dtype))
+
+
+def linear(x: jax.Array, kernel: Any, contracted: int, dtype: str, bias: jax.Array | None) -> jax.Array:
+    """`primitives.linear`, whose kernel may be a `Kernel`."""
+    if not isinstance(kernel, Kernel):
+        return primitives.linear(x, kernel, contracted, jnp.dtype(dtype), bias)
+    y = kernel(x, contracted)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
 
 
 class Norm(nn.Module):
@@ -72,7 +85,7 @@ class Projection(nn.Module):
         bias = None
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape, c.param_dtype)
-        y = primitives.linear(x, kernel, len(self.in_axes), jnp.dtype(c.dtype), bias)
+        y = linear(x, kernel, len(self.in_axes), c.dtype, bias)
         # "embed" says how parameters are stored; the residual stream is whole on every device.
         y = constrain(y, "batch", "length", *(None if name == "embed" else name for name in self.out_axes))
         return checkpoint_name(y, PROJECTED)

@@ -20,6 +20,7 @@ import numpy as np
 
 _form: str | None = None
 _platform: str | None = None
+_fixed_order = False
 
 
 @contextlib.contextmanager
@@ -62,6 +63,19 @@ def hand_written() -> bool:
     if _form is not None:
         return _form == "hand_written"
     return platform() == "cpu"
+
+
+@contextlib.contextmanager
+def fixed_order() -> Iterator[None]:
+    """What is traced inside sums each row in one order, however many rows there are: generation's results are to have the same
+    bits in any batch, and XLA chooses how it reduces by the whole array's size.
+    """
+    global _fixed_order
+    before, _fixed_order = _fixed_order, True
+    try:
+        yield
+    finally:
+        _fixed_order = before
 
 
 # --- linear --------------------------------------------------------------------------------
@@ -117,6 +131,28 @@ def sum_rows(x_MO: jax.Array) -> jax.Array:
     return _dot(jnp.ones((1, x_MO.shape[0]), x_MO.dtype), x_MO, (1, 0))[0]
 
 
+# Of one product in `ordered_sum`, so that its ones are few.
+_LONGEST = 1024
+
+
+def ordered_sum(x: jax.Array) -> jax.Array:
+    """Sum over the last axis in float32, [..., 1], by products with ones: they add up in one order for any number of rows but
+    one, which is doubled (see model/kernels.py).
+    """
+    shape, length = x.shape[:-1], x.shape[-1]
+    x_MI = x.astype(jnp.float32).reshape(-1, length)
+    rows = x_MI.shape[0]
+    if rows == 1:
+        x_MI = jnp.concatenate([x_MI, x_MI])
+    while length > 1:
+        pieces = -(-length // _LONGEST)
+        width = -(-length // pieces)
+        x_MI = jnp.pad(x_MI, ((0, 0), (0, pieces * width - length))).reshape(-1, width)
+        x_MI = _dot(x_MI, jnp.ones((8, width)), (1, 1))[:, 0].reshape(-1, pieces)
+        length = pieces
+    return x_MI[:rows].reshape(*shape, 1)
+
+
 # --- norms ---------------------------------------------------------------------------------
 
 
@@ -124,6 +160,8 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: 
     """Normalises the last axis to mean 0 and variance 1, then scale [D] and bias [D] (Ba et al., 2016); float32 inside,
     result as `x`.
     """
+    if _fixed_order:
+        return _ordered_norm(True, epsilon, x, scale, bias)
     if hand_written():
         return _norm(True, epsilon, x.reshape(-1, x.shape[-1]), scale, bias).reshape(x.shape)
     x32 = x.astype(jnp.float32)
@@ -136,11 +174,21 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """Divides the last axis by its root mean square, then scale [D] (Zhang and Sennrich, 2019); float32 inside, result as
     `x`.
     """
+    if _fixed_order:
+        return _ordered_norm(False, epsilon, x, scale, None)
     if hand_written():
         return _norm(False, epsilon, x.reshape(-1, x.shape[-1]), scale, None).reshape(x.shape)
     x32 = x.astype(jnp.float32)
     y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + epsilon) * scale.astype(jnp.float32)
     return y.astype(x.dtype)
+
+
+def _ordered_norm(centre: bool, epsilon: float, x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    if centre:
+        x32 = x32 - ordered_sum(x32) / x.shape[-1]
+    y = x32 * jax.lax.rsqrt(ordered_sum(jnp.square(x32)) / x.shape[-1] + epsilon) * scale_D.astype(jnp.float32)
+    return (y if bias_D is None else y + bias_D.astype(jnp.float32)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

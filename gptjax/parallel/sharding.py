@@ -190,6 +190,11 @@ def axis_size(axis: str) -> int:
     return int(jax.sharding.get_abstract_mesh().shape.get(axis, 1))
 
 
+def parts(name: str) -> int:
+    """Parts that the mesh which is set cuts a dimension of this logical name into; 1 where none is."""
+    return math.prod(axis_size(axis) for axis in _rules[name])
+
+
 def mesh_size() -> int:
     """Devices of the mesh that is set; 1 where none is."""
     mesh = jax.sharding.get_abstract_mesh()

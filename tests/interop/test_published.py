@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import ModelConfig
+from gptjax.generate import beam
 from gptjax.generate.decode import generate_tokens
 from gptjax.generate.settings import GenerationConfig
 from gptjax.interop import huggingface, llama2c
@@ -30,6 +31,30 @@ def test_tiny_random_gpt2_continues_as_published(shared_data: pathlib.Path) -> N
         vocab_size=config.vocab_size,
     )
     assert [prompt + row.tolist() for prompt, row in zip(case["input"], generated.tokens, strict=True)] == case["expected"]
+
+
+def test_tiny_random_gpt2_gives_the_published_beams(shared_data: pathlib.Path) -> None:
+    folder = shared_data / "tiny_random_gpt2"
+    knobs, params = huggingface.load(folder)
+    config = ModelConfig(**knobs)
+    case = json.loads((folder / "expected.json").read_text())["beam"]
+    # Zeros in front of a prompt are tokens like others: without them two of the three continuations are other ones.
+    length = len(case["input"][0])
+    generated = beam.generate_tokens(
+        params,
+        config,
+        case["input"],
+        settings=GenerationConfig(
+            max_new_tokens=case["max_length"] - length,
+            do_sample=False,
+            num_beams=case["num_beams"],
+            length_penalty=case["length_penalty"],
+        ),
+        seed=0,
+        eos_ids=(case["eos_pad"],),
+        vocab_size=config.vocab_size,
+    )
+    assert [row.tolist() for row in generated.tokens] == [row[length:] for row in case["expected"]]
 
 
 @pytest.mark.parametrize("name", ["stories260K.bin", "checkpoint_v1.bin"])
