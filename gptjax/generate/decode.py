@@ -25,6 +25,8 @@ from flax import struct
 
 from gptjax.config import ModelConfig, UserError
 from gptjax.generate import forward, processors
+from gptjax.generate.guides import Guide
+from gptjax.generate.listening import OnTokens, listening, tell
 from gptjax.generate.processors import History, Vocabulary
 from gptjax.generate.settings import GenerationConfig
 from gptjax.model.attention import Cache
@@ -42,6 +44,8 @@ class Generated:
 
     tokens: tuple[np.ndarray, ...]  # a row's new tokens, int32; the last one is eos where the row stopped on its own
     stopped: np.ndarray  # [B] bool: the row drew eos
+    guided: np.ndarray  # [B] bool: a guide ended the row, with its last token
+    log_probs: tuple[np.ndarray, ...]  # float32, of each new token under the model's own distribution over the tokenizer's ids
 
     @property
     def num_new(self) -> np.ndarray:
@@ -62,7 +66,9 @@ class _Request:
     max_new_tokens: Any
     greedy: Any
     values: processors.Values
+    listener: Any  # number of the function in listening.py that hears each step
     names: tuple[str, ...] = struct.field(pytree_node=False)
+    heard: bool = struct.field(pytree_node=False)  # whether there is one
 
 
 @struct.dataclass
@@ -72,9 +78,13 @@ class _Rows:
     tokens_BW: jax.Array
     lengths_B: jax.Array
     starts_B: jax.Array
-    stopped_B: jax.Array
+    stopped_B: jax.Array  # drew eos
+    guided_B: jax.Array  # ended by a guide
+    log_probs_BR: jax.Array  # of new token r
     cache: Cache
+    guides: tuple[Any, ...]
     drawn: jax.Array
+    go_on: jax.Array  # False: the listener has failed
 
 
 def bucket(length: int) -> int:
@@ -92,6 +102,8 @@ def generate_tokens(
     eos_ids: Sequence[int],
     vocab_size: int,
     samples: Sequence[int] | None = None,
+    guides: tuple[Guide, ...] = (),
+    on_tokens: OnTokens | None = None,
 ) -> Generated:
     """Continues each prompt by up to `settings.max_new_tokens` tokens, or until it draws one of `eos_ids`.
 
@@ -99,13 +111,18 @@ def generate_tokens(
     not of what else is in the batch: token i is drawn by a key of (seed, sample, i). Equal prompts need different numbers to
     differ.
     `vocab_size` is the tokenizer's; ids from there on are never drawn. Compiled once for each (config, rows, bucket of the
-    longest prompt, bucket of `max_new_tokens`, which processors are on), whatever the settings.
+    longest prompt, bucket of `max_new_tokens`, which processors are on, the guides' structure), whatever the settings.
+
+    `on_tokens` is called after every step, in order, while the one compiled call runs (of several processes, in the first). What
+    it raises ends the call and is raised here, and so does a KeyboardInterrupt.
 
     Raises `UserError` for an empty prompt, one longer than `max_seq_len`, and ids that the tokenizer does not have.
     """
     _check(config, prompts, seed, vocab_size)
     if not prompts or settings.max_new_tokens == 0:
-        return Generated(tuple(np.zeros(0, np.int32) for _ in prompts), np.zeros(len(prompts), bool))
+        empty = tuple(np.zeros(0, np.int32) for _ in prompts)
+        no, none = np.zeros(len(prompts), bool), tuple(row.astype(np.float32) for row in empty)
+        return Generated(empty, stopped=no, guided=no, log_probs=none)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     prompts_BP = np.zeros((len(prompts), min(bucket(int(lengths_B.max())), config.max_seq_len)), np.int32)
     for row, prompt in zip(prompts_BP, prompts, strict=True):
@@ -122,13 +139,22 @@ def generate_tokens(
         max_new_tokens=np.int32(settings.max_new_tokens),
         greedy=np.bool_(settings.greedy),
         values=values,
+        listener=np.int32(0),
         names=names,
+        heard=on_tokens is not None,
     )
     # Nothing is differentiated here; knobs of the backward pass must not ask for another compilation.
     config = dataclasses.replace(config, remat="none", attention="auto")
-    tokens_BW, ends_B, stopped_B = hosts.fetch(compiled_generate(params, request, config, bucket(settings.max_new_tokens)))
+    with listening(on_tokens) as listener:
+        request = dataclasses.replace(request, listener=np.int32(listener.number))
+        result = listener.wait(compiled_generate(params, request, guides, config, bucket(settings.max_new_tokens)))
+    tokens_BW, ends_B, stopped_B, guided_B, log_probs_BR = hosts.fetch(result)
+    spans = list(zip(lengths_B, ends_B, strict=True))
     return Generated(
-        tuple(tokens[start:end] for tokens, start, end in zip(tokens_BW, lengths_B, ends_B, strict=True)), np.asarray(stopped_B)
+        tuple(tokens[start:end] for tokens, (start, end) in zip(tokens_BW, spans, strict=True)),
+        stopped=np.asarray(stopped_B),
+        guided=np.asarray(guided_B),
+        log_probs=tuple(row[: end - start] for row, (start, end) in zip(log_probs_BR, spans, strict=True)),
     )
 
 
@@ -156,8 +182,12 @@ def _check(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarray], s
 
 
 @functools.partial(jax.jit, static_argnames=("config", "room"))
-def compiled_generate(params: Any, request: _Request, config: ModelConfig, room: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(tokens [B, P + room], tokens of each row in use [B], rows that drew eos [B]). `room`: space for new tokens."""
+def compiled_generate(
+    params: Any, request: _Request, guides: tuple[Any, ...], config: ModelConfig, room: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(tokens [B, P + room], tokens of each row in use [B], rows that drew eos [B], rows that a guide ended [B],
+    log-probabilities of new tokens [B, room]). `room`: space for new tokens.
+    """
     batch, width = request.prompts_BP.shape
     cache = Cache.empty(config, batch, min(width + room, config.max_seq_len))
     logits_BV, cache = forward.prefill(params, config, request.prompts_BP, request.lengths_B, cache)
@@ -166,19 +196,23 @@ def compiled_generate(params: Any, request: _Request, config: ModelConfig, room:
         lengths_B=request.lengths_B,
         starts_B=jnp.zeros(batch, jnp.int32),
         stopped_B=jnp.zeros(batch, bool),
+        guided_B=jnp.zeros(batch, bool),
+        log_probs_BR=jnp.zeros((batch, room), jnp.float32),
         cache=cache,
+        guides=guides,
         drawn=jnp.int32(0),
+        go_on=jnp.bool_(True),
     )
     rows = _append(request, rows, logits_BV)
 
     def unfinished(rows: _Rows) -> jax.Array:
-        return (rows.drawn < request.max_new_tokens) & ~rows.stopped_B.all()
+        return (rows.drawn < request.max_new_tokens) & ~(rows.stopped_B | rows.guided_B).all() & rows.go_on
 
     def body(rows: _Rows) -> _Rows:
         return _append(request, *_advance(params, config, rows))
 
     rows = jax.lax.while_loop(unfinished, body, rows)
-    return rows.tokens_BW, rows.lengths_B, rows.stopped_B
+    return rows.tokens_BW, rows.lengths_B, rows.stopped_B, rows.guided_B, rows.log_probs_BR
 
 
 def _append(request: _Request, rows: _Rows, logits_BV: jax.Array) -> _Rows:
@@ -188,18 +222,32 @@ def _append(request: _Request, rows: _Rows, logits_BV: jax.Array) -> _Rows:
         request.samples_B, rows.lengths_B
     )
     history = History(rows.tokens_BW, rows.lengths_B, request.lengths_B, request.lengths_B + request.max_new_tokens)
-    logits_BV = processors.within_vocabulary(logits_BV, request.vocab_size)
+    own_BV = processors.within_vocabulary(logits_BV, request.vocab_size)
+    logits_BV = own_BV
+    for guide in rows.guides:
+        logits_BV = guide.allowed(logits_BV, history, history.limits_B - history.lengths_B)
     logits_BV = processors.process(request.names, request.values, logits_BV, history)
     chosen_B = processors.draw(logits_BV, keys_B, request.greedy)
-    alive_B = ~rows.stopped_B
-    batch, width = rows.tokens_BW.shape
-    places_B = jnp.where(alive_B, rows.lengths_B, width)  # out of range, so dropped, where a row has stopped
+
+    alive_B = ~(rows.stopped_B | rows.guided_B)
+    here_B = jnp.arange(alive_B.shape[0])
+    # Out of range, so dropped, where a row has stopped.
+    places_B = jnp.where(alive_B, rows.lengths_B, rows.tokens_BW.shape[1])
+    log_probs_B = own_BV[here_B, chosen_B] - jax.nn.logsumexp(own_BV, axis=-1)
+    guides = tuple(guide.advanced(chosen_B, alive_B) for guide in rows.guides)
+    guided_B = rows.guided_B
+    for guide in guides:
+        guided_B = guided_B | (alive_B & guide.stopped())
     return dataclasses.replace(
         rows,
-        tokens_BW=rows.tokens_BW.at[jnp.arange(batch), places_B].set(chosen_B, mode="drop"),
+        tokens_BW=rows.tokens_BW.at[here_B, places_B].set(chosen_B, mode="drop"),
         lengths_B=rows.lengths_B + alive_B,
-        stopped_B=rows.stopped_B | request.is_eos_V[chosen_B],
+        stopped_B=rows.stopped_B | (alive_B & request.is_eos_V[chosen_B]),
+        guided_B=guided_B,
+        log_probs_BR=rows.log_probs_BR.at[here_B, places_B - request.lengths_B].set(log_probs_B, mode="drop"),
+        guides=guides,
         drawn=rows.drawn + 1,
+        go_on=tell(request.listener, chosen_B, alive_B) if request.heard else rows.go_on,
     )
 
 
@@ -214,7 +262,7 @@ def _advance(params: Any, config: ModelConfig, rows: _Rows) -> tuple[_Rows, jax.
     rows = dataclasses.replace(rows, cache=cache)
     if rows.tokens_BW.shape[1] <= context:  # no row can get there
         return rows, logits_BV
-    full_B = (positions_B >= context) & ~rows.stopped_B
+    full_B = (positions_B >= context) & ~(rows.stopped_B | rows.guided_B)
     refill = functools.partial(_refill, params, config)
     return jax.lax.cond(full_B.any(), refill, lambda rows, logits_BV, full_B: (rows, logits_BV), rows, logits_BV, full_B)
 
