@@ -19,6 +19,8 @@ from gptjax.config import UserError
 
 DESCRIPTOR = "descriptor.json"
 META_SPACE = "\u2581"  # by which SentencePiece writes a space
+# Words, numbers, spaces and scripts that tokenizers of the same pieces may still cut in other ways.
+_PROBE = "The quick brown fox isn't 12345.6 years old,\n\tsaid  naïve 中文 readers; don't they've?"
 
 
 class Tokenizer(ABC):
@@ -110,6 +112,18 @@ class Tokenizer(ABC):
         for name, content in sorted(self._encoding_files().items()):
             digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(content).digest())
         return digest.hexdigest()
+
+    def has_ids_of(self, other: Tokenizer) -> bool:
+        """Whether ids mean the same in both, be they of one kind or read from other files."""
+        if self.encoding_fingerprint == other.encoding_fingerprint:
+            return True
+        if (self.vocab_size, self.eos_id) != (other.vocab_size, other.eos_id):
+            return False
+        try:
+            same = list(self.vocabulary()) == list(other.vocabulary())
+            return same and bool(np.array_equal(self.encode(_PROBE), other.encode(_PROBE)))
+        except UserError:  # no bytes of their own, or a text that one of the two cannot write
+            return False
 
     def _encoding_files(self) -> dict[str, bytes]:
         return self.files()

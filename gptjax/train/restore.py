@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gptjax import config as config_lib
 from gptjax.config import Config, UserError
-from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_folder
 from gptjax.interop import huggingface
 from gptjax.parallel.mesh import make_mesh
 from gptjax.train.checkpoints import Checkpoints
@@ -21,7 +21,7 @@ from gptjax.train.run import named_leaves
 from gptjax.train.step import abstract_state
 
 # A schedule's lengths don't change the shape of any state.
-_ANY_LENGTHS = Lengths(total=1, warmup=0, decay=1)
+ANY_LENGTHS = Lengths(total=1, warmup=0, decay=1)
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class TrainedModel:
     params: Any  # those to evaluate with: the average where the run keeps one
     tokenizer: Tokenizer
     step: int
+    eos_ids: tuple[int, ...] | None = None  # that end a text, where they are not the tokenizer's alone
 
 
 def load_run(
@@ -46,28 +47,58 @@ def load_run(
     config = config or config_lib.from_json(workdir / "config.json")
     mesh = make_mesh(config.mesh)
     with Checkpoints(workdir / "checkpoints", config.checkpoint, log, read_only=True) as checkpoints:
-        restored = checkpoints.restore(abstract_state(config, _ANY_LENGTHS, mesh), step)
+        restored = checkpoints.restore(abstract_state(config, ANY_LENGTHS, mesh), step)
     if restored is None:
         raise UserError(f"{workdir} has no checkpoint yet.")
     params = evaluation_params(config.optimizer, restored.state)
-    return TrainedModel(config, params, load_tokenizer(workdir / "tokenizer"), restored.step)
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    _check_own_tokenizer(workdir, tokenizer, restored.metadata)
+    return TrainedModel(config, params, tokenizer, restored.step)
 
 
-def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None]) -> Any:
+def _check_own_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
+    """Raises `UserError` where the checkpoint was made with another tokenizer; older checkpoints don't say."""
+    trained_with = metadata.get("tokenizer")
+    if trained_with not in (None, tokenizer.encoding_fingerprint):
+        raise UserError(
+            f"{workdir / 'tokenizer'} is not the tokenizer that the checkpoint was made with: its fingerprint begins with "
+            f"{tokenizer.encoding_fingerprint[:12]}, the checkpoint's with {trained_with[:12]}."
+        )
+
+
+def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None], tokenizer: Tokenizer | None = None) -> Any:
     """The parameters that `init_from` names, laid over the mesh; None where it is empty.
 
-    Raises `UserError` where they don't fit.
+    Raises `UserError` where they don't fit, or were trained with another tokenizer than the run's.
     """
     if not config.init_from:
         return None
     folder = pathlib.Path(config.init_from)
     if not (folder / "config.json").is_file():
         raise UserError(f"init_from={folder} is neither a run's folder nor a Hugging Face folder: it has no config.json.")
-    params = load_run(folder, log).params if (folder / "checkpoints").is_dir() else huggingface.load(folder)[1]
-    wanted = abstract_state(config, _ANY_LENGTHS, mesh).params
+    if (folder / "checkpoints").is_dir():
+        model = load_run(folder, log)
+        params, theirs = model.params, model.tokenizer
+    else:
+        params, theirs = huggingface.load(folder)[1], tokenizer_of_folder(folder)
+    if tokenizer is not None:
+        _check_same_tokenizer(folder, theirs, tokenizer, log)
+    wanted = abstract_state(config, ANY_LENGTHS, mesh).params
     _check_fit(folder, params, wanted)
     log(f"initial parameters from {folder}.")
     return jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, wanted)
+
+
+def _check_same_tokenizer(folder: pathlib.Path, theirs: Tokenizer | None, ours: Tokenizer, log: Callable[[str], None]) -> None:
+    """Raises `UserError` where the rows of the embedding would stand for other tokens than they were trained for."""
+    if theirs is None:
+        log(f"{folder} has no tokenizer: whether its model was trained with this run's cannot be told.")
+        return
+    if not theirs.has_ids_of(ours):
+        raise UserError(
+            f"init_from={folder} was trained with another tokenizer ({theirs.kind}, {theirs.vocab_size} ids) than this run's "
+            f"({ours.kind}, {ours.vocab_size} ids); set data.tokenizer and data.tokenizer_path to that one."
+        )
 
 
 def _check_fit(folder: pathlib.Path, params: Any, wanted: Any) -> None:
