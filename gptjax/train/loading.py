@@ -46,9 +46,7 @@ def is_huggingface(folder: pathlib.Path) -> bool:
 def _load_huggingface(folder: pathlib.Path) -> TrainedModel:
     tokenizer = tokenizer_of_folder(folder)
     if tokenizer is None:
-        raise UserError(
-            f"{folder} has no tokenizer: none of tokenizer.json, vocab.json and merges.txt, tokenizer.model is there."
-        )
+        raise UserError(f"{folder} has no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt, nor tokenizer.model.")
     knobs, params = huggingface.load(folder)
     adds_bos = tokenizer.adds_bos
     if adds_bos is None:  # what transformers' classes for these files do

@@ -200,12 +200,13 @@ def _metrics(workdir: pathlib.Path, config: Config, resume_step: int | None, lin
 def _keep_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
     """The run's folder holds its tokenizer. Raises `UserError` where it holds another, by which the checkpoints were made."""
     folder = workdir / "tokenizer"
-    if (workdir / "checkpoints").is_dir() and folder.is_dir():
+    has_checkpoint = any((workdir / "checkpoints").glob("*/manifest.json"))
+    if has_checkpoint and (folder / "descriptor.json").is_file():
         before = load_tokenizer(folder)
         if before.encoding_fingerprint != tokenizer.encoding_fingerprint:
             raise UserError(
-                f"{workdir} was trained with another tokenizer ({before.kind}, {before.vocab_size} ids) than the config gives now "
-                f"({tokenizer.kind}, {tokenizer.vocab_size} ids): its files or its text have changed."
+                f"{workdir} was trained with another tokenizer ({before.kind}, {before.vocab_size} ids) than the config gives "
+                f"now ({tokenizer.kind}, {tokenizer.vocab_size} ids): its files or its text have changed."
             )
     tokenizer.save(folder)
 

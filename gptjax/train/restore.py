@@ -76,6 +76,7 @@ def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None], token
     folder = pathlib.Path(config.init_from)
     if not (folder / "config.json").is_file():
         raise UserError(f"init_from={folder} is neither a run's folder nor a Hugging Face folder: it has no config.json.")
+    theirs: Tokenizer | None
     if (folder / "checkpoints").is_dir():
         model = load_run(folder, log)
         params, theirs = model.params, model.tokenizer
