@@ -81,7 +81,7 @@ def test_generate_prints_samples_and_json(run, capsys):
         "--json",
     ]
     first, second = (json.loads(say(capsys, *arguments)[1]) for _ in range(2))
-    assert first == second and len(first["samples"]) == 2
+    assert first["samples"] == second["samples"] and len(first["samples"]) == 2
     assert all(len(sample["tokens"]) <= 5 and sample["prompt"] == "the " for sample in first["samples"])
 
 
