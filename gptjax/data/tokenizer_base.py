@@ -134,6 +134,7 @@ class Tokenizer(ABC):
         files = self.files()
         descriptor = {"kind": self.kind, "vocab_size": self.vocab_size, "files": sorted(files), "fingerprint": self.fingerprint}
         for name, content in files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
             write_atomically(directory / name, content)
         write_atomically(directory / DESCRIPTOR, json.dumps(descriptor, indent=2).encode() + b"\n")
 

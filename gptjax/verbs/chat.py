@@ -13,6 +13,7 @@ from gptjax.generate.chat import ChatTemplate
 from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.text import generate_text
 from gptjax.generate.timing import Speed
+from gptjax.parallel import hosts
 from gptjax.verbs.output import log, write_text
 
 HELP = "/reset forgets the conversation, /system TEXT tells the model something first, /exit ends; // sends a line with one /."
@@ -66,30 +67,29 @@ class Conversation:
         """The prompt's ids, the oldest turns dropped until there is room for an answer."""
         context = self._model.config.model.max_seq_len
         room = max(1, min(self._settings.max_new_tokens, context // 2))
-        dropped = 0
-        while True:
-            system = [{"role": "system", "content": self.system}] if self.system else []
-            ids = self._template.encode(system + self.turns, self._model.config.data.add_bos)
-            if len(ids) == 0:
-                raise UserError("the chat template makes no tokens of the conversation.")
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        for dropped in range(0, len(self.turns), 2):  # a turn is what was said and its answer
+            ids = self._template.encode(system + self.turns[dropped:], self._model.config.data.add_bos)
             if len(ids) + room <= context:
                 break
-            if len(self.turns) == 1:
-                raise UserError(
-                    f"this makes a prompt of {len(ids)} tokens, which with {room} for the answer is more than "
-                    f"model.max_seq_len={context}."
-                )
-            # A turn is what was said and its answer.
-            del self.turns[:2]
-            dropped += 1
+        else:
+            raise UserError(
+                f"this alone makes a prompt of {len(ids)} tokens, which with {room} for the answer is more than "
+                f"model.max_seq_len={context}."
+            )
+        if len(ids) == 0:
+            raise UserError("the chat template makes no tokens of the conversation.")
         if dropped:
-            what = "turn was" if dropped == 1 else f"{dropped} turns were"
+            del self.turns[:dropped]
+            what = "turn was" if dropped == 2 else f"{dropped // 2} turns were"
             log(f"(the oldest {what} dropped: the context of {context} tokens is full)")
         return ids
 
 
 def converse(model: Any, settings: GenerationConfig, seed: int, template: str | None, system: str | None) -> int:
     """Reads lines until the end of standard input, /exit, or Ctrl-C twice in a row, which raises KeyboardInterrupt."""
+    if hosts.process_count() > 1:
+        raise UserError("--chat is for one process; of several, only one would hear what is said.")
     conversation = Conversation(model, settings, seed, template, system)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
