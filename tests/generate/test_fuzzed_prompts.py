@@ -15,7 +15,7 @@ from tests.generate.small_models import GPT2_LIKE, model_config, random_params
 from tests.generate.test_streaming import CORPUS, huggingface, with_prefix
 
 COUNT = 10_000
-ROWS = 500  # in one call; all calls share one compilation
+ROWS = 1000  # in one call; all calls share one compilation
 CONTEXT = 48
 CONFIG = dataclasses.replace(Config(), model=model_config(max_seq_len=CONTEXT, vocab_size=257, num_layers=1, **GPT2_LIKE))
 PARAMS = random_params(CONFIG.model, seed=5)
@@ -57,7 +57,7 @@ def refusal(error: UserError) -> str:
 
 def test_each_is_answered_or_refused_and_streams_what_it_returns(prompts):
     tokenizer = tokenizers.ByteTokenizer()
-    settings = GenerationConfig(max_new_tokens=12, temperature=1.5, stop_strings=("\n", "ab"))
+    settings = GenerationConfig(max_new_tokens=8, temperature=1.5, stop_strings=("\n", "ab"))
     accepted, refused = [], []
     for prompt in prompts:
         try:
@@ -66,11 +66,8 @@ def test_each_is_answered_or_refused_and_streams_what_it_returns(prompts):
         except UserError as error:
             refused.append(refusal(error))
     assert len(accepted) + len(refused) == COUNT and min(len(accepted), len(refused)) > COUNT // 10
-    assert {"half a character", "not UTF-8", "more than model.max_seq_len"} == {
-        words
-        for words in ("half a character", "not UTF-8", "more than model.max_seq_len")
-        if any(words in line for line in refused)
-    }
+    for words in ("half a character", "not UTF-8", "more than model.max_seq_len"):
+        assert any(words in line for line in refused)
     # One prompt of nearly the context's length in each call, so that all have one shape.
     ends = set()
     for start in range(0, len(accepted), ROWS - 1):
