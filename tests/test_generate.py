@@ -129,10 +129,9 @@ def test_broken_lines_are_named_and_the_others_answered(capsys, tmp_path, monkey
             assert record["error"].startswith(f"standard input:{number}: ") and record["error"].endswith(".")
     assert "9 of 12 prompts were refused, the first: standard input:2: the line is not valid JSON" in err
     (message,) = [record for record in records if record["id"] == "m"]
-    direct = gptjax.generate(
-        MODEL, [{"role": "user", "content": "hi"}], chat_template=TEMPLATE, max_new_tokens=NEW, speed=Speed()
-    )
-    assert list(direct[0].tokens) == message["tokens"] and message["prompt"] == [{"role": "user", "content": "hi"}]
+    hi = [{"role": "user", "content": "hi"}]
+    (direct,) = gptjax.generate(MODEL, hi, chat_template=TEMPLATE, max_new_tokens=NEW, speed=Speed())
+    assert list(direct.tokens) == message["tokens"] and message["prompt"] == hi
 
 
 def converse(
