@@ -122,7 +122,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _unjoined(self) -> str | None:
         """The first decoder by which the text of a piece depends on its neighbours."""
         kinds = [part.get("type") for part in _parts(self._definition.get("decoder"))]
-        return next((str(kind) for kind in kinds if kind not in _PIECEWISE), None)
+        return next((kind or "null" for kind in kinds if kind not in _PIECEWISE), None)
 
     @functools.cached_property
     def _vocabulary(self) -> list[bytes | None]:

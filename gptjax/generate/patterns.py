@@ -1,9 +1,9 @@
 """Languages of texts, and the smallest automaton over UTF-8 bytes that accepts one.
 
-A `Pattern` is a tree of the classes below; `compile_pattern` makes it a `ByteAutomaton`: characters to ranges of bytes, the tree to an
-automaton that may be in several states at once (Thompson, 1968), that one to a deterministic one by the subset construction (Rabin and
-Scott, 1959), and its equivalent states merged (Moore, 1956). Bytes that no edge tells apart share a class, so that a table has tens of
-columns, not 256.
+A `Pattern` is a tree of the classes below; `compile_pattern` makes it a `ByteAutomaton`: characters to ranges of bytes, the
+tree to an automaton that may be in several states at once (Thompson, 1968), that one to a deterministic one by the subset
+construction (Rabin and Scott, 1959), and its equivalent states merged (Moore, 1956). Bytes that no edge tells apart share a
+class, so that a table has tens of columns, not 256.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def _split(low: bytes, high: bytes) -> Iterator[_Bytes]:
 class _Parts:
     """States with edges over ranges of bytes, and free ones.
 
-    `add` makes a pattern's states behind `start` and gives the state where it ends. It puts no edge into `start`, which may therefore
-    begin several patterns.
+    `add` makes a pattern's states behind `start` and gives the state where it ends. It puts no edge into `start`, which may
+    therefore begin several patterns.
     """
 
     def __init__(self) -> None:
@@ -370,8 +370,8 @@ def _equivalent(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
     """[states] int: equal for states from which the same texts are accepted (Moore, 1956).
 
     States are told apart by a 64-bit hash of where their edges go, round by round. The hash can only fail to tell states apart,
-    and the last check sees that. A chain of n states would take n rounds, so the lengths of the shortest and the longest text that is
-    accepted from a state tell most of them apart beforehand.
+    and the last check sees that. A chain of n states would take n rounds, so the lengths of the shortest and the longest text
+    that is accepted from a state tell most of them apart beforehand.
     """
     numbers = np.random.default_rng(0)
     sources, targets = edges_of(table)

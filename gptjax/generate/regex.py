@@ -36,7 +36,6 @@ _NEWLINE: _Ranges = ((10, 10),)
 _LINE_ENDS: _Ranges = ((10, 10), (13, 13), (0x2028, 0x2029))
 _DEEPEST = 100
 ANY = Chars(complement(()))
-_ASCII_LAST = 0x7F
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def parse_regex(expression: str) -> Pattern:
 def parse_search(expression: str) -> Pattern:
     """The texts in which the expression is found anywhere, as JSON Schema's `pattern` has it.
 
-    Dialects differ in what `.`, and `\\d \\w \\s` outside ASCII, are. Only what all of them allow is: no character that ends a line
-    in any, and no character beyond ASCII by way of a negation of `\\d \\w \\s`.
+    Dialects differ in what `.`, and `\\d \\w \\s` outside printable ASCII, are. What all of them allow is taken: no character
+    that ends a line in any of them, and by way of a negation of `\\d \\w \\s` no character that is not printable ASCII.
     """
     anything = Repeat(ANY, 0, None)
     options = []
@@ -179,7 +178,7 @@ class _Parser:
         self.at += 1
         if letter.lower() in _SETS:
             ranges = _SETS[letter.lower()]
-            return ranges if letter.islower() else complement(ranges, *([_ASCII_LAST] if self.portable else []))
+            return ranges if letter.islower() else self._without(ranges)
         if letter in _CONTROLS:
             return _CONTROLS[letter]
         if letter in _HEX_DIGITS:
@@ -222,7 +221,13 @@ class _Parser:
             else:
                 ranges.append((low, low))
         found = union(ranges)
-        return Chars(complement(found, *([_ASCII_LAST] if self.portable and has_set else [])) if negated else found)
+        if negated:
+            return Chars(self._without(found) if has_set else complement(found))
+        return Chars(found)
+
+    def _without(self, ranges: _Ranges) -> _Ranges:
+        """The characters that are not in ranges with a set among them."""
+        return complement(union([*ranges, (0, 0x1F)]), 0x7E) if self.portable else complement(ranges)
 
     def _member(self, begin: int) -> int | _Ranges:
         """A character or a set of a class."""
