@@ -14,6 +14,7 @@ from gptjax.data.tokenizer_base import refuse_half_characters
 from gptjax.generate.chat import ChatTemplate
 from gptjax.generate.decode import generate_tokens
 from gptjax.generate.settings import GenerationConfig
+from gptjax.generate.stopping import stop_guides
 from gptjax.generate.streaming import TextStream
 from gptjax.generate.timing import Speed, Stopwatch
 
@@ -148,13 +149,14 @@ def _draw(
     hear: Callable[[np.ndarray, np.ndarray], None] | None,
     speed: Speed | None,
 ) -> Any:
-    """The one call that draws all tokens: strategies, and the guides for constraints and stop strings, come in here."""
+    """The one call that draws all tokens: other strategies, and guides for constraints, come in here."""
     options: dict[str, Any] = {
         "settings": settings,
         "seed": seed,
         "eos_ids": settings.eos_ids(tokenizer.eos_id),
         "vocab_size": tokenizer.vocab_size,
         "samples": samples,
+        "guides": stop_guides(tokenizer, settings.stop_strings, len(rows), config.model.vocab_size),
     }
     if speed is None:
         return generate_tokens(params, config.model, rows, on_tokens=hear, **options)
