@@ -216,7 +216,7 @@ def test_from_python():
 
     speed = Speed()
     prompts = ["the", [4, 5]]
-    made = gptjax.generate(MODEL, prompts, max_new_tokens=NEW, temperature=0.9, seed=3, stream=stream, speed=speed)
+    made = gptjax.generate(MODEL, prompts, max_new_tokens=NEW, seed=3, stream=stream, speed=speed)
     assert [heard[i] for i in range(2)] == [completion.text for completion in made]
     assert made[1].prompt == "ab" and speed.prompt_tokens == 5 and speed.decoded_tokens == 2 * NEW - 2
     with pytest.raises(UserError, match="temperature=-1"):
