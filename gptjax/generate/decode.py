@@ -147,7 +147,7 @@ def generate_tokens(
     config = dataclasses.replace(config, remat="none", attention="auto")
     with listening(on_tokens) as listener:
         request = dataclasses.replace(request, listener=np.int32(listener.number))
-        result = listener.wait(compiled_generate(params, request, guides, config, bucket(settings.max_new_tokens)))
+        result = listener.check(compiled_generate(params, request, guides, config, bucket(settings.max_new_tokens)))
     tokens_BW, ends_B, stopped_B, guided_B, log_probs_BR = hosts.fetch(result)
     spans = list(zip(lengths_B, ends_B, strict=True))
     return Generated(

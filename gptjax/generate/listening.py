@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,9 +23,10 @@ OnTokens = Callable[[np.ndarray, np.ndarray], None]
 class Listener:
     """Hears the steps of one call. What its function raises is kept, since nothing may be raised through a compiled call."""
 
-    def __init__(self, number: int, on_tokens: OnTokens | None):
+    def __init__(self, number: int, on_tokens: OnTokens | None, interrupted: Callable[[], bool]):
         self.number = number
         self._on_tokens = on_tokens
+        self._interrupted = interrupted
         self._raised: BaseException | None = None
 
     def hear(self, tokens_B: np.ndarray, alive_B: np.ndarray) -> bool:
@@ -31,21 +34,18 @@ class Listener:
         if self._raised is None and self._on_tokens is not None:
             try:
                 self._on_tokens(tokens_B, alive_B)
+                if self._interrupted():
+                    self._raised = KeyboardInterrupt()
             except BaseException as error:
                 self._raised = error
         return self._raised is None
 
-    def wait(self, result: Any) -> Any:
-        """`result` once it is there. Raises what the function raised, or what arrived meanwhile, when the call has ended."""
-        if self._on_tokens is None:
-            return result
-        while not all(leaf.is_ready() for leaf in jax.tree.leaves(result)):
-            try:
-                time.sleep(0.002)  # blocking on an array would leave Ctrl-C waiting for its end
-            except BaseException as error:
-                self._raised = self._raised or error
-        if self._raised is not None:
-            raise self._raised
+    def check(self, result: Any) -> Any:
+        """`result` when it is there. Raises what ended the call before its time."""
+        if self._on_tokens is not None:
+            jax.block_until_ready(result)
+            if self._raised is not None:
+                raise self._raised
         return result
 
 
@@ -56,12 +56,41 @@ _numbers = itertools.count(1)
 
 @contextlib.contextmanager
 def listening(on_tokens: OnTokens | None) -> Iterator[Listener]:
-    listener = Listener(next(_numbers) % 2**31, on_tokens)
-    _listeners[listener.number] = listener
+    with _seeing_interrupts(on_tokens is not None) as interrupted:
+        listener = Listener(next(_numbers) % 2**31, on_tokens, interrupted)
+        _listeners[listener.number] = listener
+        try:
+            yield listener
+        finally:
+            del _listeners[listener.number]
+
+
+@contextlib.contextmanager
+def _seeing_interrupts(wanted: bool) -> Iterator[Callable[[], bool]]:
+    """A function that tells whether Ctrl-C came since.
+
+    Python handles signals in its main thread, which waits inside the compiled call for its end; but a byte for each signal is
+    written to the wake-up descriptor at once.
+    """
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+
+    def interrupted() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            return signal.SIGINT in os.read(reader, 64)
+        return False
+
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        yield listener
+        yield interrupted
     finally:
-        del _listeners[listener.number]
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
 
 
 def tell(number: jax.Array, tokens_B: jax.Array, alive_B: jax.Array) -> jax.Array:
