@@ -27,7 +27,7 @@ MODEL = types.SimpleNamespace(
     config=CONFIG, params=random_params(CONFIG.model, seed=1), tokenizer=TOKENIZER, eos_ids=None, step=7
 )
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
-# Prompts of up to 16 tokens or of 32, one sample or two, and always somebody who listens: four compilations in all.
+# Prompts of up to 16 tokens or of 32, one row, two or four, and always somebody who listens: few compilations in all.
 NEW = 6
 SIZES = [f"--max_new_tokens={NEW}", "--workdir=anywhere"]
 
@@ -84,7 +84,7 @@ def test_a_file_of_prompts(capsys, tmp_path):
     lines = [json.dumps({"prompt": prompt, "id": f"n{i}"}) for i, prompt in enumerate(prompts)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
     out = tmp_path / "out.jsonl"
-    arguments = [f"--prompts={tmp_path / 'p.jsonl'}", "--batch_size=2", "--num_return_sequences=2"]
+    arguments = [f"--prompts={tmp_path / 'p.jsonl'}", "--batch_size=4", "--num_return_sequences=2"]
     status, printed, err = say(capsys, *arguments, f"--output={out}", "--json")
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert status == 0 and [(r["id"], r["sample"]) for r in records] == [(f"n{i}", s) for i in range(6) for s in (0, 1)]
