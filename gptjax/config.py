@@ -216,8 +216,9 @@ class DataConfig:
     tokenizer: str = knob("byte", "Text to ids.", choices=("byte", "char", "sentencepiece", "gpt2", "huggingface"))
     tokenizer_path: str = knob(
         "",
-        "sentencepiece: a .model file (empty: train one on the source); gpt2: the folder of encoder.json and vocab.bpe; "
-        "huggingface: a tokenizer.json.",
+        "sentencepiece: a .model file or its folder (empty: train one on the source); "
+        "gpt2: the folder of encoder.json and vocab.bpe; "
+        "huggingface: a tokenizer.json, or a folder, whose other files count too.",
     )
     tokenizer_vocab_size: int = knob(8192, "Vocabulary of a SentencePiece model trained on the source.", at_least=300)
     add_eos: bool = knob(True, "End each document with the end-of-text token, where the tokenizer has one.")

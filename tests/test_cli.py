@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+import gptjax
 from gptjax import cli
+from gptjax.data.tokenizers import CharTokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPE = str(ROOT / "configs/stdlib_tiny.py")
@@ -81,7 +84,7 @@ def test_generate_prints_samples_and_json(run, capsys):
         "--json",
     ]
     first, second = (json.loads(say(capsys, *arguments)[1]) for _ in range(2))
-    assert first == second and len(first["samples"]) == 2
+    assert first["samples"] == second["samples"] and len(first["samples"]) == 2
     assert all(len(sample["tokens"]) <= 5 and sample["prompt"] == "the " for sample in first["samples"])
 
 
@@ -92,6 +95,22 @@ def test_generate_reads_a_prompt_from_a_file(run, capsys, tmp_path):
         capsys, "generate", f"--workdir={workdir}", f"--prompt_file={tmp_path / 'prompt.txt'}", "--max_new_tokens=2"
     )
     assert status == 0 and out.startswith("fox ")
+
+
+def test_a_run_with_another_tokenizer_is_refused_by_every_verb(run, capsys, tmp_path):
+    workdir, command = run
+    swapped = tmp_path / "swapped"
+    shutil.copytree(workdir, swapped)
+    CharTokenizer("the quick brown").save(swapped / "tokenizer")
+    train = [word for word in command if not word.startswith("--workdir")]
+    for argv in (
+        ["generate", f"--workdir={swapped}", "--prompt=the"],
+        ["evaluate", f"--workdir={swapped}"],
+        [*train, f"--workdir={tmp_path / 'new'}", f"--config.init_from={swapped}"],
+    ):
+        status, _, err = say(capsys, *argv)
+        assert status == 2 and "is not the tokenizer that the checkpoint was made with" in err.splitlines()[-1]
+    assert gptjax.load(workdir).step == 3
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_the_limit(run, capsys):

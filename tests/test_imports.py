@@ -67,6 +67,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.objectives",
         "gptjax.train.step",
     ),
+    "gptjax.train.loading": (
+        "gptjax.config",
+        "gptjax.data.tokenizers",
+        "gptjax.interop",
+        "gptjax.parallel",
+        "gptjax.train",
+    ),
     "gptjax.train.loop": (
         "gptjax.config",
         "gptjax.data",
@@ -76,7 +83,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.parallel",
         "gptjax.train",
     ),
-    "gptjax.generate": ("gptjax.config", "gptjax.data.tokenizers", "gptjax.model", "gptjax.parallel", "gptjax.generate"),
+    "gptjax.generate": (
+        "gptjax.config",
+        "gptjax.data.tokenizer_base",
+        "gptjax.data.tokenizers",
+        "gptjax.model",
+        "gptjax.parallel",
+        "gptjax.generate",
+    ),
     "gptjax.interop": ("gptjax.config", "gptjax.data.tokenizers", "gptjax.model", "gptjax.parallel", "gptjax.interop"),
     "gptjax.plan": ("gptjax.config", "gptjax.model", "gptjax.parallel", "gptjax.train", "gptjax.plan"),
     "gptjax.cli": ("gptjax",),
@@ -120,6 +134,8 @@ def imports(path: pathlib.Path, name: str, known: set[str]) -> Iterator[tuple[in
 
 
 def rule(name: str) -> tuple[str, ...] | None:
+    if name == "gptjax":  # the public names, imported when they are used
+        return ("gptjax.generate", "gptjax.train.loading")
     matching = [package for package in ALLOWED if below(name, package)]
     return ALLOWED[max(matching, key=len)] if matching else None
 

@@ -69,8 +69,8 @@ def ask(
     numbers: dict[str, Any],
     min_tokens_to_keep: int = 1,
 ) -> Asked:
-    """The request, prompts padded to their bucket. Raises `UserError` as `decode.generate_tokens` does, where a text would outgrow
-    the context (`search` keeps one window, and does not begin another), and where max_length leaves rows different room.
+    """The request, prompts padded to their bucket. Raises `UserError` as `decode.generate_tokens` does, where a text would
+    outgrow the context (`search` keeps one window, and does not begin another), and where max_length leaves rows different room.
     """
     decode.check_prompts(config, prompts, seed, vocab_size)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -79,8 +79,8 @@ def ask(
     room = int(rooms.max())
     if (rooms != room).any():
         raise UserError(
-            f"max_length={settings.max_length} leaves prompts of {lengths_B.min()} to {longest} tokens different room, which {search} "
-            "does not have; give max_new_tokens alone."
+            f"max_length={settings.max_length} leaves prompts of {lengths_B.min()} to {longest} tokens different room, which "
+            f"{search} does not have; give max_new_tokens alone."
         )
     if longest + room > config.max_seq_len:
         raise UserError(

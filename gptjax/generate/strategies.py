@@ -20,10 +20,11 @@ class Strategy:
 
     generate: Callable[..., Generated]  # with the arguments of decode.generate_tokens
     by_prompt: bool = False  # a prompt is given once, and gives num_return_sequences rows; else it is given for each of them
+    by_step: bool = False  # takes guides and on_tokens
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "decoding": Strategy(decode.generate_tokens),
+    "decoding": Strategy(decode.generate_tokens, by_step=True),
     "beam search": Strategy(beam.generate_tokens, by_prompt=True),
     "contrastive search": Strategy(contrastive.generate_tokens),
     "speculative decoding": Strategy(speculative.generate_tokens),

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from gptjax.config import Config, UserError
+from gptjax.data.tokenizer_base import refuse_half_characters
 from gptjax.generate import strategies
+from gptjax.generate.automata import TokenAutomaton
+from gptjax.generate.chat import ChatTemplate
+from gptjax.generate.decode import Generated
 from gptjax.generate.settings import GenerationConfig
+from gptjax.generate.speculative import Draft
+from gptjax.generate.stopping import language_guides, stop_guides
+from gptjax.generate.streaming import TextStream
+from gptjax.generate.timing import Speed, Stopwatch
 
 
 class Tokenizer(Protocol):
@@ -24,6 +34,31 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Any) -> str: ...
 
+    def vocabulary(self) -> Sequence[bytes | None]: ...
+
+
+class Model(Protocol):
+    """What `generate` needs of a model; `gptjax.load` gives one."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def params(self) -> Any: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def eos_ids(self) -> tuple[int, ...] | None: ...
+
+
+# A text; its ids; or a conversation, as [{"role": "user", "content": "..."}], for the chat template.
+Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]]
+
+# Called with the number of a completion in the list that is returned, and the text that is new.
+OnText = Callable[[int, str], None]
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -31,62 +66,155 @@ class Completion:
 
     prompt: str
     sample: int  # 0 .. num_return_sequences - 1
-    text: str  # the continuation, without the prompt and without the end-of-text token
-    tokens: tuple[int, ...]  # the new tokens, the end-of-text token included
-    finish_reason: str  # 'eos': it ended by itself; 'length': max_new_tokens were drawn
+    text: str  # the continuation, without the prompt, the end-of-text token and the stop string
+    tokens: tuple[int, ...]  # the new tokens, the end-of-text token or what completed the stop string included
+    finish_reason: str  # 'eos': it ended by itself; 'stop': a stop string or a guide ended it; 'length': no room was left
+    log_probs: tuple[float, ...] = ()  # of each token under the model's own distribution
+
+
+def generate(
+    model: Model,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    seed: int = 0,
+    stream: OnText | None = None,
+    chat_template: str | None = None,
+    speed: Speed | None = None,
+    **settings: Any,
+) -> list[Completion]:
+    """Continues each of `prompts`, or the one: `gptjax.generate(model, "Once", max_new_tokens=20, temperature=0.8)`.
+
+    `settings` are the fields of `GenerationConfig`. `stream` is called as `stream(number of the completion, new text)` while the
+    tokens are drawn; what it was given is in the end the completion's text. `chat_template`: Jinja source in place of the
+    tokenizer's own, for prompts that are conversations. To `speed` is added what the call took.
+
+    Returns `num_return_sequences` completions of each prompt, prompt by prompt. Raises `UserError` for what a person can mend.
+    """
+    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, Mapping)))
+    each: list[Any] = [prompts] if is_one else list(prompts)
+    ids = [prompt_ids(model.config, model.tokenizer, prompt, chat_template) for prompt in each]
+    chosen = GenerationConfig(eos_token_id=model.eos_ids).replace(**settings)
+    return generate_text(
+        model.params, model.config, model.tokenizer, ids, chosen, seed=seed, on_text=stream, speed=speed,
+        texts=[prompt if isinstance(prompt, str) else None for prompt in each],
+    )  # fmt: skip
 
 
 def generate_text(
     params: Any,
     config: Config,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | np.ndarray],
     settings: GenerationConfig,
     *,
     seed: int = 0,
+    on_text: OnText | None = None,
+    speed: Speed | None = None,
+    texts: Sequence[str | None] | None = None,
+    language: TokenAutomaton | None = None,
+    draft: Draft | None = None,
 ) -> list[Completion]:
     """`settings.num_return_sequences` continuations of each prompt, prompt by prompt, drawn in one compiled call.
 
-    A prompt begins with the begin-of-text token where `data.add_bos` is set and the tokenizer has one, as training documents do.
-    Sample i of a prompt is the same whatever other prompts and however many samples are asked for.
-    Raises `UserError` for a prompt that is too long or, without a begin-of-text token, empty.
+    A prompt begins with the begin-of-text token where `data.add_bos` is set and the tokenizer has one, as training documents do;
+    one that is given as ids is taken as it is, and `texts` may tell how it reads. Sample i of a prompt is the same whatever other
+    prompts and however many samples are asked for. `on_text` hears each completion's text as it is settled.
+    `language`: what the texts are held to (automata.py); `draft`: a smaller model for speculative decoding.
+    Raises `UserError` for a prompt that is too long, no text or, without a begin-of-text token, empty.
     """
-    ids = [_encode(config, tokenizer, prompt) for prompt in prompts]
+    ids = [prompt_ids(config, tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    read = [text if text is not None else prompt for text, prompt in zip(texts or [None] * len(ids), prompts, strict=True)]
+    shown = [text if isinstance(text, str) else tokenizer.decode(text) for text in read]
     requests = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(settings.num_return_sequences)]
-    generated = strategies.generate(
-        params,
-        config.model,
-        ids,
-        settings=settings,
-        seed=seed,
-        eos_ids=settings.eos_ids(tokenizer.eos_id),
-        vocab_size=tokenizer.vocab_size,
-    )
-    return [
-        Completion(
-            prompt=prompts[prompt],
-            sample=sample,
-            text=_continuation(tokenizer, ids[prompt], new[:-1] if stopped else new),
-            tokens=tuple(int(token) for token in new),
-            finish_reason="eos" if stopped else "length",
-        )
-        for (prompt, sample), new, stopped in zip(requests, generated.tokens, generated.stopped, strict=True)
-    ]
+    eos_ids = settings.eos_ids(tokenizer.eos_id)
+    streams = [TextStream(tokenizer, ids[prompt], settings.stop_strings) for prompt, _ in requests]
+    hear = functools.partial(_show, streams, eos_ids, on_text) if on_text else None
+    generated = _draw(params, config, tokenizer, ids, settings, seed, hear, speed, language, draft)
+    completions = []
+    for i, (stream, new, stopped) in enumerate(zip(streams, generated.tokens, generated.stopped, strict=True)):
+        body = new[:-1] if stopped else new
+        text = "".join(stream.feed(token) for token in body[stream.fed :]) + stream.finish()
+        if on_text and text:
+            on_text(i, text)
+        tokens = stream.tokens if stream.is_stopped else tuple(int(token) for token in new)
+        ended = "stop" if stream.is_stopped or generated.guided[i] else "eos" if stopped else "length"
+        log_probs = tuple(float(value) for value in generated.log_probs[i][: len(tokens)])
+        prompt, sample = requests[i]
+        completions.append(Completion(shown[prompt], sample, stream.text, tokens, ended, log_probs))
+    return completions
 
 
-def _encode(config: Config, tokenizer: Tokenizer, prompt: str) -> np.ndarray:
-    ids = np.asarray(tokenizer.encode(prompt), np.int32)
-    if config.data.add_bos and tokenizer.bos_id is not None:
-        return np.concatenate([np.array([tokenizer.bos_id], np.int32), ids])
+def _draw(
+    params: Any,
+    config: Config,
+    tokenizer: Tokenizer,
+    prompts: Sequence[np.ndarray],
+    settings: GenerationConfig,
+    seed: int,
+    hear: Callable[[np.ndarray, np.ndarray], None] | None,
+    speed: Speed | None,
+    language: TokenAutomaton | None,
+    draft: Draft | None,
+) -> Generated:
+    """The one call that draws all tokens, by the strategy of the settings."""
+    options: dict[str, Any] = {
+        "settings": settings,
+        "seed": seed,
+        "eos_ids": settings.eos_ids(tokenizer.eos_id),
+        "vocab_size": tokenizer.vocab_size,
+        "draft": draft,
+    }
+    name = strategies.choose(settings, draft)
+    if not strategies.STRATEGIES[name].by_step:  # its texts come whole, and are cut at stop strings when they are there
+        if language is not None:
+            raise UserError(
+                f"{name} cannot be held to a regular expression or a JSON schema; sample, or take the likeliest token."
+            )
+        if settings.stop_strings and name == "beam search":
+            raise UserError(
+                f"stop_strings={list(settings.stop_strings)}: beam search scores whole texts, and does not stop at them."
+            )
+        with Stopwatch(speed, sum(len(prompt) for prompt in prompts)) if speed else contextlib.nullcontext():
+            return strategies.generate(params, config.model, prompts, **options)
+    rows = len(prompts) * settings.num_return_sequences
+    stops = stop_guides(tokenizer, settings.stop_strings, rows, config.model.vocab_size)
+    options["guides"] = (*language_guides(language, rows, settings.max_new_tokens), *stops)
+    if speed is None:
+        return strategies.generate(params, config.model, prompts, on_tokens=hear, **options)
+    with Stopwatch(speed, settings.num_return_sequences * sum(len(prompt) for prompt in prompts)) as watch:
+
+        def on_tokens(tokens_B: np.ndarray, alive_B: np.ndarray) -> None:
+            watch.hear(alive_B)
+            if hear:
+                hear(tokens_B, alive_B)
+
+        return strategies.generate(params, config.model, prompts, on_tokens=on_tokens, **options)
+
+
+def _show(streams: list[TextStream], eos_ids: Sequence[int], on_text: OnText, tokens_B: np.ndarray, alive_B: np.ndarray) -> None:
+    """Tells of the text that one step settles."""
+    for i, (stream, token, alive) in enumerate(zip(streams, tokens_B, alive_B, strict=True)):
+        if alive and token not in eos_ids and (text := stream.feed(token)):
+            on_text(i, text)
+
+
+def prompt_ids(config: Config, tokenizer: Any, prompt: Prompt, chat_template: str | None = None) -> np.ndarray:
+    """int32 ids of a prompt. Raises `UserError` where it is empty, too long, no text, or a conversation without a template."""
+    if isinstance(prompt, str):
+        refuse_half_characters(prompt)
+        ids = np.asarray(tokenizer.encode(prompt), np.int32)
+        if config.data.add_bos and tokenizer.bos_id is not None:
+            ids = np.concatenate([np.array([tokenizer.bos_id], np.int32), ids])
+    elif len(prompt) and isinstance(prompt[0], Mapping):
+        ids = ChatTemplate.of(tokenizer, chat_template).encode(prompt, config.data.add_bos)  # type: ignore[arg-type]
+    else:
+        ids = np.asarray(prompt, np.int32)
     if len(ids) == 0:
         raise UserError(
             "the prompt is empty, and there is no begin-of-text token to start from; give a prompt of at least one character."
         )
+    if len(ids) > config.model.max_seq_len:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, more than model.max_seq_len={config.model.max_seq_len}, the model's limit."
+        )
     return ids
-
-
-def _continuation(tokenizer: Tokenizer, prompt_ids: np.ndarray, new_ids: np.ndarray) -> str:
-    """The text that the new tokens add, decoded behind the prompt: some tokenizers strip the space in front of a text."""
-    before = tokenizer.decode(prompt_ids)
-    whole = tokenizer.decode(np.concatenate([prompt_ids, new_ids]))
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new_ids)

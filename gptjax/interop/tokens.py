@@ -13,31 +13,14 @@ from gptjax.data.tokenizers import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    tokenizer_of_folder,
 )
-
-# The files of a Hugging Face folder that make a tokenizer, the first of these that is there: (files, ours under our names).
-_IN_FOLDER: list[tuple[tuple[str, ...], type[Tokenizer], tuple[str, ...]]] = [
-    (("tokenizer.json",), HuggingFaceTokenizer, ("tokenizer.json",)),
-    (("vocab.json", "merges.txt"), Gpt2Tokenizer, ("encoder.json", "vocab.bpe")),
-    (("encoder.json", "vocab.bpe"), Gpt2Tokenizer, ("encoder.json", "vocab.bpe")),
-    (("tokenizer.model",), SentencePieceTokenizer, ("sentencepiece.model",)),
-]
 
 
 def from_folder(folder: pathlib.Path) -> tuple[Tokenizer | None, str]:
     """(the tokenizer of a folder, or None and why there is none). Raises `UserError` where its files are damaged."""
-    for names, tokenizer, ours in _IN_FOLDER:
-        paths = [folder / name for name in names]
-        if not all(path.is_file() for path in paths):
-            continue
-        try:
-            return tokenizer.from_files({own: path.read_bytes() for own, path in zip(ours, paths, strict=True)}), ""
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(
-                f"{' and '.join(map(str, paths))} hold no tokenizer: {str(error).splitlines()[0].rstrip('.')}."
-            ) from None
-    looked_for = ", ".join(" + ".join(names) for names, _, _ in _IN_FOLDER)
-    return None, f"{folder} has none of {looked_for}"
+    found = tokenizer_of_folder(folder)
+    return found, "" if found else f"{folder} has neither tokenizer.json, nor vocab.json and merges.txt, nor tokenizer.model"
 
 
 def from_path(path: pathlib.Path) -> tuple[Tokenizer | None, str]:
@@ -57,9 +40,9 @@ def from_path(path: pathlib.Path) -> tuple[Tokenizer | None, str]:
 def to_folder(folder: pathlib.Path, tokenizer: Tokenizer) -> list[str]:
     """Writes the tokenizer for transformers, where it can be expressed; what is to be said where it cannot."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        _write(folder, {"tokenizer.json": tokenizer.files()["tokenizer.json"]})
-        names = {name: tokenizer.name_of(i) for name, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))}
-        _describe(folder, "PreTrainedTokenizerFast", {name: piece for name, piece in names.items() if piece is not None})
+        _write(folder, tokenizer.files())
+        if "tokenizer_config.json" not in tokenizer.files():
+            _describe(folder, "PreTrainedTokenizerFast", dict(tokenizer.token_names()))
     elif isinstance(tokenizer, Gpt2Tokenizer):
         files = tokenizer.files()
         _write(folder, {"vocab.json": files["encoder.json"], "merges.txt": files["vocab.bpe"]})

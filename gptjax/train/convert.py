@@ -33,7 +33,7 @@ Log = Callable[[str], None]
 TOLERANCE = 1e-4  # of the largest logit: two float32 computations in different orders of summation stay far below it
 
 # Where a tokenizer of this kind is found again in a run's folder, for data.tokenizer_path.
-_TOKENIZER_FILES = {"sentencepiece": "sentencepiece.model", "huggingface": "tokenizer.json", "gpt2": ""}
+_TOKENIZER_FILES = {"sentencepiece": "sentencepiece.model", "huggingface": "", "gpt2": ""}
 
 
 class VerificationFailed(RuntimeError):
@@ -97,6 +97,7 @@ def import_model(
     shapes = layout.shapes(config.model)
     count = sum(map(math.prod, shapes.values()))
     size = count * np.dtype(config.model.param_dtype).itemsize
+    fingerprint = {"tokenizer": tokenizer.encoding_fingerprint} if tokenizer is not None else {}
     about = {"format": model.format, "architecture": model.architecture, "kinds": model.kinds(config.model)}
     with new_folder(output, size + 2**20) as folder:
         params = model.read(config.model)
@@ -111,7 +112,7 @@ def import_model(
         del params
         checkpoint = dataclasses.replace(config.checkpoint, asynchronous=False, max_failures=1)
         with Checkpoints(folder / "checkpoints", checkpoint, log) as checkpoints:
-            checkpoints.save(0, state, {"source": about}, copied=False)
+            checkpoints.save(0, state, {"source": about} | fingerprint, copied=False)
     if tokenizer is None:
         log(f"no tokenizer: {reason}; `gptjax generate` needs one: convert again with --tokenizer=FILE.")
     return {
@@ -149,6 +150,7 @@ def _run_config(
     values.train.duration_steps = values.train.duration_steps or 1
     if tokenizer is not None:
         values.data.tokenizer = tokenizer.kind
+        values.data.add_bos = tokenizer.begins_with_bos
         if tokenizer.kind in _TOKENIZER_FILES:
             values.data.tokenizer_path = str(output.absolute() / "tokenizer" / _TOKENIZER_FILES[tokenizer.kind])
     config = _at_the_door(model, values)

@@ -22,8 +22,9 @@ from typing import Any, TextIO
 import jax
 from jax.sharding import Mesh
 
-from gptjax.config import Config, flatten, to_dict
+from gptjax.config import Config, UserError, flatten, to_dict
 from gptjax.data.pipeline import Dataset, batch_documents, load_dataset, steps_per_epoch, train_batches
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.text import generate_text
 from gptjax.parallel import hosts
@@ -147,12 +148,12 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: Sequence[str] = 
             log(f"{workdir} holds a finished run of {result['steps']} steps, eval loss {result['eval']['loss']:.4f}.")
             return result
         if hosts.is_primary():
-            dataset.tokenizer.save(workdir / "tokenizer")
+            _keep_tokenizer(workdir, dataset.tokenizer)
         with (
             LiveLine(lengths.total, stream) as line,
             Checkpoints(workdir / "checkpoints", config.checkpoint, line) as checkpoints,
         ):
-            state, about = _restore_or_init(config, lengths, mesh, checkpoints, line)
+            state, about = _restore_or_init(config, lengths, mesh, checkpoints, line, dataset.tokenizer)
             with _metrics(workdir, config, int(state.step) or None, line) as metrics:
                 run = Run(config, workdir, dataset, mesh, lengths, epoch_steps, checkpoints, line, metrics, stop)
                 run.seconds_before, run.figures = about.get("seconds", 0.0), about.get("eval")
@@ -200,14 +201,33 @@ def _metrics(workdir: pathlib.Path, config: Config, resume_step: int | None, lin
     return MetricsWriter(workdir, config, resume_step, line) if hosts.is_primary() else NoMetrics()
 
 
+def _keep_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """The run's folder holds its tokenizer. Raises `UserError` where it holds another, by which the checkpoints were made."""
+    folder = workdir / "tokenizer"
+    has_checkpoint = any((workdir / "checkpoints").glob("*/manifest.json"))
+    if has_checkpoint and (folder / "descriptor.json").is_file():
+        before = load_tokenizer(folder)
+        if before.encoding_fingerprint != tokenizer.encoding_fingerprint:
+            raise UserError(
+                f"{workdir} was trained with another tokenizer ({before.kind}, {before.vocab_size} ids) than the config gives "
+                f"now ({tokenizer.kind}, {tokenizer.vocab_size} ids): its files or its text have changed."
+            )
+    tokenizer.save(folder)
+
+
 def _restore_or_init(
-    config: Config, lengths: Lengths, mesh: Mesh, checkpoints: Checkpoints, log: Callable[[str], None]
+    config: Config,
+    lengths: Lengths,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    log: Callable[[str], None],
+    tokenizer: Tokenizer,
 ) -> tuple[TrainState, dict[str, Any]]:
     restored = checkpoints.restore(abstract_state(config, lengths, mesh))
     if restored is not None:
         log(f"going on from the checkpoint of step {restored.step}.")
         return restored.state, restored.metadata
-    return init_state(config, lengths, mesh, initial_params(config, mesh, log)), {}
+    return init_state(config, lengths, mesh, initial_params(config, mesh, log, tokenizer)), {}
 
 
 def _describe(run: Run, state: TrainState) -> None:
@@ -341,6 +361,7 @@ def _save(run: Run, state: TrainState, step: int) -> None:
     What else than the state a checkpoint holds: where the data goes on, and the evaluation where the run is at its end.
     """
     about = {"data": {"next_step": step}, "seconds": run.seconds, "eval": run.figures, "config": to_dict(run.config)}
+    about["tokenizer"] = run.dataset.tokenizer.encoding_fingerprint
     hosts.moved("checkpoint", step, patience=10)
     run.metrics.sync()
     run.checkpoints.save(step, state, about)

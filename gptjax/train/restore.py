@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from gptjax import config as config_lib
 from gptjax.config import Config, UserError
-from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_folder
 from gptjax.interop import huggingface
 from gptjax.parallel.mesh import make_mesh
 from gptjax.train.checkpoints import Checkpoints
@@ -23,7 +23,7 @@ from gptjax.train.state import TrainState
 from gptjax.train.step import abstract_state
 
 # A schedule's lengths don't change the shape of any state.
-_ANY_LENGTHS = Lengths(total=1, warmup=0, decay=1)
+ANY_LENGTHS = Lengths(total=1, warmup=0, decay=1)
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class TrainedModel:
     params: Any  # those to evaluate with: the average where the run keeps one
     tokenizer: Tokenizer
     step: int
+    eos_ids: tuple[int, ...] | None = None  # that end a text, where they are not the tokenizer's alone
 
 
 def load_run(
@@ -54,7 +55,10 @@ def load_run(
     Nothing in the folder is changed, so a live run is not disturbed. Raises `UserError` where there is none.
     """
     found = load_params(workdir, log, step, config)
-    return TrainedModel(found.config, found.params, load_tokenizer(workdir / "tokenizer"), found.step)
+    tokenizer = _own_tokenizer(workdir, found.metadata)
+    if tokenizer is None:
+        raise UserError(f"there is no tokenizer in {workdir}, which has no folder of that name.")
+    return TrainedModel(found.config, found.params, tokenizer, found.step)
 
 
 def load_params(
@@ -66,7 +70,7 @@ def load_params(
     config = config or config_lib.from_json(workdir / "config.json")
     mesh = make_mesh(config.mesh)
     with Checkpoints(workdir / "checkpoints", config.checkpoint, log, read_only=True) as checkpoints:
-        restored = checkpoints.restore(_needed(config, abstract_state(config, _ANY_LENGTHS, mesh)), step, partial=True)
+        restored = checkpoints.restore(_needed(config, abstract_state(config, ANY_LENGTHS, mesh)), step, partial=True)
     if restored is None:
         raise UserError(f"{workdir} has no checkpoint yet.")
     params = evaluation_params(config.optimizer, restored.state)
@@ -84,21 +88,56 @@ def _needed(config: Config, state: TrainState) -> TrainState:
     return TrainState(**fields)
 
 
-def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None]) -> Any:
+def _own_tokenizer(workdir: pathlib.Path, metadata: Mapping[str, Any]) -> Tokenizer | None:
+    """The run's tokenizer, None where it has none. Raises `UserError` where the checkpoint was made with another one; older
+    checkpoints don't say.
+    """
+    if not (workdir / "tokenizer").is_dir():
+        return None
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    trained_with = metadata.get("tokenizer")
+    if trained_with not in (None, tokenizer.encoding_fingerprint):
+        raise UserError(
+            f"{workdir / 'tokenizer'} is not the tokenizer that the checkpoint was made with: its fingerprint begins with "
+            f"{tokenizer.encoding_fingerprint[:12]}, the checkpoint's with {trained_with[:12]}."
+        )
+    return tokenizer
+
+
+def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None], tokenizer: Tokenizer | None = None) -> Any:
     """The parameters that `init_from` names, laid over the mesh; None where it is empty.
 
-    Raises `UserError` where they don't fit.
+    Raises `UserError` where they don't fit, or were trained with another tokenizer than the run's.
     """
     if not config.init_from:
         return None
     folder = pathlib.Path(config.init_from)
     if not (folder / "config.json").is_file():
         raise UserError(f"init_from={folder} is neither a run's folder nor a Hugging Face folder: it has no config.json.")
-    params = load_params(folder, log).params if (folder / "checkpoints").is_dir() else huggingface.load(folder)[1]
-    wanted = abstract_state(config, _ANY_LENGTHS, mesh).params
+    theirs: Tokenizer | None
+    if (folder / "checkpoints").is_dir():
+        found = load_params(folder, log)
+        params, theirs = found.params, _own_tokenizer(folder, found.metadata)
+    else:
+        params, theirs = huggingface.load(folder)[1], tokenizer_of_folder(folder)
+    if tokenizer is not None:
+        _check_same_tokenizer(folder, theirs, tokenizer, log)
+    wanted = abstract_state(config, ANY_LENGTHS, mesh).params
     _check_fit(folder, params, wanted)
     log(f"initial parameters from {folder}.")
     return jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, wanted)
+
+
+def _check_same_tokenizer(folder: pathlib.Path, theirs: Tokenizer | None, ours: Tokenizer, log: Callable[[str], None]) -> None:
+    """Raises `UserError` where the rows of the embedding would stand for other tokens than they were trained for."""
+    if theirs is None:
+        log(f"{folder} has no tokenizer: whether its model was trained with this run's cannot be told.")
+        return
+    if not theirs.has_ids_of(ours):
+        raise UserError(
+            f"init_from={folder} was trained with another tokenizer ({theirs.kind}, {theirs.vocab_size} ids) than this run's "
+            f"({ours.kind}, {ours.vocab_size} ids); set data.tokenizer and data.tokenizer_path to that one."
+        )
 
 
 def _check_fit(folder: pathlib.Path, params: Any, wanted: Any) -> None:

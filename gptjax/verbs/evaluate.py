@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     model = load_run(workdir, log, arguments.step, config)
     dataset = load_data(config, log)
-    if dataset.tokenizer.fingerprint != model.tokenizer.fingerprint:
+    if dataset.tokenizer.encoding_fingerprint != model.tokenizer.encoding_fingerprint:
         raise UserError(
             f"the tokenizer that data.tokenizer={config.data.tokenizer} gives is not the one that {workdir} was trained with."
         )
