@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,15 +166,15 @@ def _draw(
     name = strategies.choose(settings, draft)
     if not strategies.STRATEGIES[name].by_step:  # its texts come whole, and are cut at stop strings when they are there
         if language is not None:
-            raise UserError(
-                f"{name} cannot be held to a regular expression or a JSON schema; sample, or take the likeliest token."
-            )
+            raise UserError(f"{name} cannot be held to a regular expression or a JSON schema; sample, or decode greedily.")
         if settings.stop_strings and name == "beam search":
             raise UserError(
                 f"stop_strings={list(settings.stop_strings)}: beam search scores whole texts, and does not stop at them."
             )
-        with Stopwatch(speed, sum(len(prompt) for prompt in prompts)) if speed else contextlib.nullcontext():
-            return strategies.generate(params, config.model, prompts, **options)
+        with Stopwatch(speed or Speed(), 0) as watch:
+            generated = strategies.generate(params, config.model, prompts, **options)
+            watch.drew(int(generated.num_new.sum()))
+        return generated
     rows = len(prompts) * settings.num_return_sequences
     stops = stop_guides(tokenizer, settings.stop_strings, rows, config.model.vocab_size)
     options["guides"] = (*language_guides(language, rows, settings.max_new_tokens), *stops)

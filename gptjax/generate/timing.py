@@ -68,10 +68,19 @@ class Stopwatch:
         else:
             self._heard += int(alive_B.sum())
 
+    def drew(self, tokens: int) -> None:
+        """All tokens are there, of a strategy that is not heard step by step: its time is counted as decoding."""
+        self._heard = tokens
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         ended = time.perf_counter()
         jax.monitoring.unregister_event_duration_listener(self._on_event)
-        if self._first is None:  # nothing was drawn
+        if self._first is None:
+            if self._heard:
+                compiling = covered(self._compiling)
+                self._speed.decoded_tokens += self._heard
+                self._speed.compile_seconds += compiling
+                self._speed.decode_seconds += max(0.0, ended - self._began - compiling)
             return
         compiling = covered([span for span in self._compiling if span[1] <= self._first])
         self._speed.prompt_tokens += self._prompt_tokens
