@@ -157,23 +157,6 @@ def generate_tokens(
 
 
 def _check(settings: GenerationConfig, guides: tuple[Any, ...], on_tokens: Any) -> None:
-    beams, groups = settings.num_beams, settings.num_beam_groups
-    if groups < 1 or beams < 1 or beams % groups:
-        raise UserError(f"num_beams={beams} is not a multiple of num_beam_groups={groups}.")
-    if settings.num_return_sequences > beams:
-        raise UserError(f"num_return_sequences={settings.num_return_sequences} is more than num_beams={beams} can give.")
-    if settings.early_stopping not in (True, False, "never"):
-        raise UserError(f"early_stopping={settings.early_stopping!r} must be True, False or 'never'.")
-    if not np.isfinite(settings.length_penalty):
-        raise UserError(f"length_penalty={settings.length_penalty} must be a finite number.")
-    if not 0 <= settings.diversity_penalty < np.inf:
-        raise UserError(f"diversity_penalty={settings.diversity_penalty} must be a finite number, at least 0.")
-    if settings.diversity_penalty and groups == 1:
-        raise UserError(
-            f"diversity_penalty={settings.diversity_penalty} acts between groups, but num_beam_groups=1; set one of them."
-        )
-    if groups > 1 and not settings.greedy:
-        raise UserError(f"num_beam_groups={groups} with do_sample=True: diverse groups are not drawn; set do_sample=False.")
     if guides:
         raise UserError(
             "beam search cannot follow a grammar, a pattern or stop strings: their states don't move with beams; set num_beams=1."

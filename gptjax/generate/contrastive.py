@@ -92,16 +92,8 @@ def generate_tokens(
 
 
 def _check(settings: GenerationConfig, guides: tuple[Any, ...], on_tokens: Any) -> None:
-    if not 0 < settings.penalty_alpha <= 1:
-        raise UserError(f"penalty_alpha={settings.penalty_alpha} must be above 0 and at most 1 for contrastive search.")
-    if settings.top_k < 2:
-        raise UserError(
-            f"penalty_alpha={settings.penalty_alpha} needs candidates to choose from: top_k={settings.top_k} is below 2."
-        )
-    if not settings.greedy:
-        raise UserError(
-            f"penalty_alpha={settings.penalty_alpha} with do_sample=True: contrastive search draws nothing; set one of them off."
-        )
+    if not settings.penalty_alpha:
+        raise UserError(f"penalty_alpha={settings.penalty_alpha} must be above 0 for contrastive search.")
     if guides:
         raise UserError("contrastive search cannot follow a grammar, a pattern or stop strings; set penalty_alpha=0.")
     if on_tokens is not None:

@@ -52,8 +52,6 @@ def choose(settings: GenerationConfig, draft: Draft | None = None) -> str:
             f"{asked[first]} asks for {first} and {asked[second]} for {second}, which cannot be had together; keep one."
         )
     name = names[0] if names else "decoding"
-    if name != "beam search" and settings.num_beam_groups > 1:
-        raise UserError(f"num_beam_groups={settings.num_beam_groups} needs beams to divide: num_beams={settings.num_beams}.")
     if name == "contrastive search" and settings.num_return_sequences > 1:
         raise UserError(
             f"num_return_sequences={settings.num_return_sequences} with penalty_alpha={settings.penalty_alpha}: contrastive "

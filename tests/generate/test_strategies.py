@@ -16,13 +16,16 @@ CONFIG = model_config(**FAMILIES["gpt2"], num_layers=1)
 DRAFT = (None, CONFIG)
 
 
+CONTRASTIVE = {"penalty_alpha": 0.6, "top_k": 4, "do_sample": False}
+
+
 @pytest.mark.parametrize(
     ("settings", "draft", "name"),
     [
         ({}, None, "decoding"),
         ({"do_sample": False, "top_k": 4}, None, "decoding"),
         ({"num_beams": 2}, None, "beam search"),
-        ({"num_beams": 2, "num_beam_groups": 2, "do_sample": False}, None, "beam search"),
+        ({"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 0.5, "do_sample": False}, None, "beam search"),
         ({"penalty_alpha": 0.6, "top_k": 4, "do_sample": False}, None, "contrastive search"),
         ({}, DRAFT, "speculative decoding"),
         ({"prompt_lookup_num_tokens": 3, "do_sample": False}, None, "speculative decoding"),
@@ -35,12 +38,9 @@ def test_settings_choose_a_strategy(settings: dict[str, Any], draft: Any, name: 
 @pytest.mark.parametrize(
     ("settings", "draft", "named"),
     [
-        ({"num_beams": 2, "penalty_alpha": 0.6}, None, "num_beams=2 asks for beam search and penalty_alpha=0.6"),
         ({"num_beams": 2}, DRAFT, "num_beams=2 asks for beam search and a draft model"),
         ({"num_beams": 2, "prompt_lookup_num_tokens": 3}, None, "prompt_lookup_num_tokens=3"),
-        ({"penalty_alpha": 0.6}, DRAFT, "penalty_alpha=0.6 asks for contrastive search and a draft model"),
-        ({"num_beam_groups": 2}, None, "num_beam_groups=2 needs beams"),
-        ({"penalty_alpha": 0.6, "num_return_sequences": 2}, None, "num_return_sequences=2 with penalty_alpha=0.6"),
+        (CONTRASTIVE, DRAFT, "penalty_alpha=0.6 asks for contrastive search and a draft model"),
     ],
 )
 def test_two_strategies_at_once_are_refused(settings: dict[str, Any], draft: Any, named: str) -> None:

@@ -60,9 +60,9 @@ def test_a_run_is_made_that_loads_through_the_usual_door(converted: tuple[pathli
     assert sorted(path.name for path in made.iterdir()) == ["checkpoints", "config.json", "tokenizer"]
     assert sorted(path.name for path in made.parent.iterdir()) == ["run", "there"]  # nothing is left beside it
     model = load_run(made, lambda line: None)
-    assert (model.step, model.tokenizer.kind, model.tokenizer.bos_id) == (0, "gpt2", 256)
+    assert (model.step, model.tokenizer.kind, model.tokenizer.bos_id) == (0, "huggingface", 256)
     assert (
-        isinstance(model.tokenizer, Gpt2Tokenizer)
+        isinstance(model.tokenizer, HuggingFaceTokenizer)
         and model.tokenizer.files()["encoder.json"] == (there / "vocab.json").read_bytes()
     )
     assert cli.main(["generate", f"--workdir={made}", "--prompt=ab", "--greedy", "--max_new_tokens=3", "--json"]) == 0
