@@ -29,6 +29,7 @@ from gptjax.generate.guides import Guide
 from gptjax.generate.listening import OnTokens, listening, tell
 from gptjax.generate.processors import History, Vocabulary
 from gptjax.generate.settings import GenerationConfig
+from gptjax.model import primitives
 from gptjax.model.attention import Cache
 from gptjax.parallel import hosts
 from gptjax.parallel.sharding import constrain
@@ -268,10 +269,12 @@ def _draw(
 
     def draw_row(number: jax.Array, drawn: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         row = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number, 1), of_rows)
-        logits_1V, own_1V, keys_1, history_1 = row
+        # Kept apart from what makes the rows, with which sums would be compiled in another way for another batch.
+        logits_1V, own_1V, keys_1, history_1 = jax.lax.optimization_barrier(row)
         logits_1V = processors.process(request.names, request.values, logits_1V, history_1)
         chosen_1 = processors.draw(logits_1V, keys_1, request.greedy)
-        log_probs_1 = own_1V[0, chosen_1] - jax.nn.logsumexp(own_1V, axis=-1)
+        below_1V = own_1V - own_1V.max(-1, keepdims=True)
+        log_probs_1 = below_1V[0, chosen_1] - jnp.log(primitives.ordered_sum(jnp.exp(below_1V)))[:, 0]
         return drawn[0].at[number].set(chosen_1[0]), drawn[1].at[number].set(log_probs_1[0])
 
     none = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
