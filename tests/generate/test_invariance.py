@@ -27,7 +27,6 @@ def test_a_row_has_the_same_bits_in_any_batch(family: str, dtype: str, kind: str
         "mlp_dim": 48,
         "vocab_size": VOCAB,
         "num_layers": 1,
-        "dtype": dtype,
     }
     config = model_config(**sizes, dtype=dtype, **FAMILIES[family])
     params = weights.prepare(random_params(config), config, kind)
