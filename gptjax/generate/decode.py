@@ -116,6 +116,9 @@ def generate_tokens(
     `vocab_size` is the tokenizer's; ids from there on are never drawn. Compiled once for each (config, rows, bucket of the
     longest prompt, bucket of `max_new_tokens`, which processors are on, the guides' structure), whatever the settings.
 
+    `params` may be the model's own or what `weights.prepare` made of them; the former are prepared at each call, which takes a
+    second dispatch and a copy of all weights.
+
     `on_tokens` is called after every step, in order, while the one compiled call runs (of several processes, in the first). What
     it raises ends the call and is raised here, and so does a KeyboardInterrupt.
 
@@ -149,6 +152,8 @@ def generate_tokens(
     )
     # Nothing is differentiated here; knobs of the backward pass must not ask for another compilation.
     config = dataclasses.replace(config, remat="none", attention="auto")
+    # Not inside the compiled call, where XLA would see a transposed kernel and take a product that sums in another order.
+    params = weights.prepare(params, config)
     with listening(on_tokens) as listener:
         request = dataclasses.replace(request, listener=np.int32(listener.number))
         result = listener.check(compiled_generate(params, request, guides, config, bucket(settings.max_new_tokens)))
@@ -193,7 +198,6 @@ def compiled_generate(
     log-probabilities of new tokens [B, room]). `room`: space for new tokens.
     """
     batch, width = request.prompts_BP.shape
-    params = weights.prepare(params, config)
     cache = Cache.empty(config, batch, min(width + room, config.max_seq_len))
     logits_BV, cache = forward.prefill(params, config, request.prompts_BP, request.lengths_B, cache)
     rows = _Rows(
