@@ -58,6 +58,18 @@ def test_train_prints_its_result_as_one_json_object(run, capsys):
     assert "finished run" in err
 
 
+def test_evaluate_tells_what_smaller_weights_cost(run, capsys):
+    workdir = run[0]
+    command = ["evaluate", f"--workdir={workdir}", "--config.evaluate.batch_size=16", "--weights=int8"]
+    status, out, _ = say(capsys, *command, "--json")
+    assert status == 0
+    figures = json.loads(out)
+    cost = figures["int8"]
+    assert cost["loss_difference"] == cost["loss"] - figures["loss"] != 0
+    assert abs(cost["loss_difference"]) < 0.01
+    assert cost["perplexity_difference"] == cost["perplexity"] - figures["perplexity"]
+
+
 def test_evaluate_gives_the_figures_of_the_run_for_any_batch_size(run, capsys):
     workdir, _ = run
     expected = json.loads((workdir / "result.json").read_text())["eval"]

@@ -12,6 +12,7 @@ over rounds of its seconds a step by ours.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from gptjax.config import from_dict
+from gptjax.config import ModelConfig, from_dict
 from gptjax.generate import weights
 from gptjax.generate.decode import generate_tokens
 from gptjax.generate.settings import GenerationConfig
@@ -39,20 +40,24 @@ THEIRS = ("torch-float32", "torch-bfloat16")
 Run = Callable[[int, int], None]  # (rows, new tokens): generates them
 
 
-def ours(kind: str, prompt: int) -> tuple[Run, int]:
-    """(run, bytes of weights that a step reads)."""
+@functools.cache
+def model() -> tuple[ModelConfig, Any]:
     values: Any = {"model": SIZES, "data": {"seq_len": 1}, "train": {"duration_steps": 1}}
     config = from_dict(values).model
     boxed = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * 0.02), nn.unbox(boxed))
+    return config, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.02, leaf.shape), jnp.float32), nn.unbox(boxed))
+
+
+def ours(kind: str, prompt: int) -> tuple[Run, int]:
+    """(run, bytes of weights that a step reads)."""
+    config, params = model()
     params = jax.block_until_ready(weights.prepare(params, config, kind))
-    tokens = rng.integers(0, config.vocab_size, prompt).tolist()
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, prompt).tolist()
     read = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - params["embed"]["positions"].nbytes
 
     def run(rows: int, new: int) -> None:
         settings = GenerationConfig(max_new_tokens=new, do_sample=False)
-        # The bucket of new tokens is a size of the compiled call, so that one token more than half asks for the whole.
         generated = generate_tokens(
             params, config, [tokens] * rows, settings=settings, seed=0, eos_ids=(), vocab_size=config.vocab_size
         )

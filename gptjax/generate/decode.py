@@ -29,6 +29,7 @@ from gptjax.generate.guides import Guide
 from gptjax.generate.listening import OnTokens, listening, tell
 from gptjax.generate.processors import History, Vocabulary
 from gptjax.generate.settings import GenerationConfig
+from gptjax.model import primitives
 from gptjax.model.attention import Cache
 from gptjax.parallel import hosts
 from gptjax.parallel.sharding import constrain
@@ -116,6 +117,9 @@ def generate_tokens(
     `vocab_size` is the tokenizer's; ids from there on are never drawn. Compiled once for each (config, rows, bucket of the
     longest prompt, bucket of `max_new_tokens`, which processors are on, the guides' structure), whatever the settings.
 
+    `params` may be the model's own or what `weights.prepare` made of them; the former are prepared at each call, which takes a
+    second dispatch and a copy of all weights.
+
     `on_tokens` is called after every step, in order, while the one compiled call runs (of several processes, in the first). What
     it raises ends the call and is raised here, and so does a KeyboardInterrupt.
 
@@ -151,6 +155,8 @@ def generate_tokens(
     )
     # Nothing is differentiated here; knobs of the backward pass must not ask for another compilation.
     config = dataclasses.replace(config, remat="none", attention="auto")
+    # Not inside the compiled call, where XLA would see a transposed kernel and take a product that sums in another order.
+    params = weights.prepare(params, config)
     with listening(on_tokens) as listener:
         request = dataclasses.replace(request, listener=np.int32(listener.number))
         result = listener.check(compiled_generate(params, request, guides, config, bucket(settings.max_new_tokens)))
@@ -195,7 +201,6 @@ def compiled_generate(
     log-probabilities of new tokens [B, room]). `room`: space for new tokens.
     """
     batch, width = request.prompts_BP.shape
-    params = weights.prepare(params, config)
     cache = Cache.empty(config, batch, min(width + room, config.max_seq_len))
     logits_BV, cache = forward.prefill(params, config, request.prompts_BP, request.lengths_B, cache)
     rows = _Rows(
@@ -271,10 +276,12 @@ def _draw(
 
     def draw_row(number: jax.Array, drawn: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         row = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number, 1), of_rows)
-        logits_1V, own_1V, keys_1, history_1 = row
+        # Kept apart from what makes the rows, with which sums would be compiled in another way for another batch.
+        logits_1V, own_1V, keys_1, history_1 = jax.lax.optimization_barrier(row)
         logits_1V = processors.process(request.names, request.values, logits_1V, history_1)
         chosen_1 = processors.draw(logits_1V, keys_1, request.greedy)
-        log_probs_1 = own_1V[0, chosen_1] - jax.nn.logsumexp(own_1V, axis=-1)
+        below_1V = own_1V - own_1V.max(-1, keepdims=True)
+        log_probs_1 = below_1V[0, chosen_1] - jnp.log(primitives.ordered_sum(jnp.exp(below_1V)))[:, 0]
         return drawn[0].at[number].set(chosen_1[0]), drawn[1].at[number].set(log_probs_1[0])
 
     none = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)

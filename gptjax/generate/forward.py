@@ -6,6 +6,7 @@ former are prepared at every call.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from gptjax.config import ModelConfig
 from gptjax.generate import weights
 from gptjax.model import decoder, primitives
 from gptjax.model.attention import Cache
+from gptjax.parallel.sharding import mesh_config, use_rules
 
 
 def prefill(
@@ -48,7 +50,9 @@ def hidden(
     rows = tokens_BT.shape[0]
     if rows < cache.rows:  # the cache has what the mesh divides
         tokens_BT, positions_BT = (jnp.pad(x_BT, ((0, cache.rows - rows), (0, 0))) for x_BT in (tokens_BT, positions_BT))
-    with primitives.fixed_order():
+    # A token has no length to share out: axis `context` repeats the others' work.
+    whole_length = dataclasses.replace(mesh_config(), rules=(*mesh_config().rules, "length="))
+    with primitives.fixed_order(), use_rules(whole_length):
         found: Any = decoder.Decoder(config).apply(
             {"params": weights.prepare(params, config)}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden
         )

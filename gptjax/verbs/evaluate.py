@@ -22,10 +22,16 @@ def add(verbs: Any) -> None:
         uses_devices=True,
     )
     add_run(parser)
+    parser.add_argument(
+        "--weights",
+        choices=("bfloat16", "int8"),
+        help="also the loss with weights stored as generation may store them, and what that costs",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     workdir, config = run_config(arguments)
+    from gptjax.generate.weights import check, rounded
     from gptjax.parallel.mesh import make_mesh
     from gptjax.train.evaluate import evaluate
     from gptjax.train.loop import load_data
@@ -37,7 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"the tokenizer that data.tokenizer={config.data.tokenizer} gives is not the one that {workdir} was trained with."
         )
-    figures = evaluate(config, model.params, dataset, make_mesh(config.mesh)) | {"step": model.step}
+    mesh = make_mesh(config.mesh)
+    if arguments.weights:
+        check(config.model, arguments.weights)
+    figures: dict[str, Any] = evaluate(config, model.params, dataset, mesh) | {"step": model.step}
+    if arguments.weights:
+        stored = rounded(model.params, config.model, arguments.weights)
+        figures[arguments.weights] = _beside(figures, evaluate(config, stored, dataset, mesh))
     if arguments.json:
         print_json(figures)
     elif hosts.is_primary():
@@ -45,4 +57,16 @@ def run(arguments: argparse.Namespace) -> int:
             f"step {figures['step']}: loss {figures['loss']:.4f} nats a token, perplexity {figures['perplexity']:.3f}, "
             f"{figures['bits_per_byte']:.4f} bits per byte over {figures['tokens']} tokens ({figures['bytes']} bytes)"
         )
+        if arguments.weights:
+            other = figures[arguments.weights]
+            print(
+                f"weights in {arguments.weights}: loss {other['loss']:.4f} ({other['loss_difference']:+.6f}), "
+                f"perplexity {other['perplexity']:.3f} ({other['perplexity_difference']:+.5f})"
+            )
     return 0
+
+
+def _beside(figures: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Loss and perplexity of `others`, and how much higher they are than those of `figures`."""
+    names = ("loss", "perplexity")
+    return {name: others[name] for name in names} | {f"{name}_difference": others[name] - figures[name] for name in names}
