@@ -89,7 +89,7 @@ def _values(name: str, key: str, values: Sequence[Any]) -> Sequence[Any]:
     return [value.item() if isinstance(value, np.generic) else value for value in values]
 
 
-# --- random points --------------------------------------------------------------------------------------------------------------
+# --- random points ---
 
 
 @dataclasses.dataclass(frozen=True)
