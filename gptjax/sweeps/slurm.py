@@ -87,13 +87,15 @@ def run_on_slurm(
     live = {trial.name: job for trial in waiting if (job := _live_job(folder, trial.name, job_class)) is not None}
     fresh = [trial for trial in waiting if trial.name not in live]
     if fresh:
+        for trial in fresh:
+            queued = dataclasses.replace(folder.state(trial.name), status="queued", kind="", why="", job="", exit_status=None)
+            folder.write_state(trial.name, queued)
         submitted = executor.submit_array([TrialJob(folder.path, trial.name, timeout, command) for trial in fresh])
         for trial, job in zip(fresh, submitted, strict=True):
             live[trial.name] = job
-            before = folder.state(trial.name)
-            if before.status in ("waiting", "stopped", "failed", "queued"):  # a quick job may run already
-                queued = dataclasses.replace(before, status="queued", kind="", why="", job=job.job_id, exit_status=None)
-                folder.write_state(trial.name, queued)
+            state = folder.state(trial.name)
+            if state.status == "queued":  # one that runs by now has written down more
+                folder.write_state(trial.name, dataclasses.replace(state, job=job.job_id))
     table.say(f"{len(fresh)} jobs submitted, {len(live) - len(fresh)} in the queue already; {jobs} at a time.")
     return _wait_for(folder, trials, live, table, interval)
 
