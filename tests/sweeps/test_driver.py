@@ -101,16 +101,17 @@ def test_killed_with_its_trials_the_next_driver_goes_on_from_their_checkpoints(t
     assert list(losses.values()) == [1 + seed / 7 for seed in range(3)]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_to_the_driver_has_the_trials_save(tmp_path, number, status):
+def test_a_signal_to_the_driver_has_the_trials_save(tmp_path):
     folder, trials = prepare(tmp_path, ["ok", "ok", "ok"])
-    running = driver(tmp_path, 2, "ok,ok,ok")
-    wait_for(lambda: all(under_way(folder, [trial.name], 3) for trial in trials[:2]))
-    running.send_signal(number)
-    assert running.wait(30) == status
-    assert [folder.state(trial.name).status for trial in trials] == ["stopped", "stopped", "waiting"]
-    assert all((folder.trial(trial.name) / "saved").exists() for trial in trials[:2])
+    for number, status, step in ((signal.SIGTERM, 75, 3), (signal.SIGINT, 130, 8)):
+        running = driver(tmp_path, 2, "ok,ok,ok")
+        wait_for(lambda step=step: all(under_way(folder, [trial.name], step) for trial in trials[:2]))
+        running.send_signal(number)
+        assert running.wait(30) == status
+        assert [folder.state(trial.name).status for trial in trials] == ["stopped", "stopped", "waiting"]
+        assert all(int((folder.trial(trial.name) / "saved").read_text()) >= step for trial in trials[:2])
     assert drive(tmp_path, 3, ["ok", "ok", "ok"]) == 0
+    assert [folder.state(trial.name).starts for trial in trials] == [3, 3, 1]
 
 
 def test_a_process_that_its_killed_driver_never_wrote_down_is_not_started_beside_itself(tmp_path):

@@ -1,4 +1,4 @@
-"""A small real sweep: the same bits one at a time and two at a time, and a run that diverges, recorded as such."""
+"""A small real sweep: the same bits one at a time and two at a time; and what the verb says of mistakes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from gptjax import cli
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SWEEP = """
 from gptjax.sweeps.definition import Sweep
-from gptjax.sweeps.space import chain, seeds, zip_
+from gptjax.sweeps.space import seeds
 
 TINY = {
     "model.num_layers": 1, "model.model_dim": 16, "model.num_heads": 2, "model.max_seq_len": 32,
     "data.seq_len": 32, "data.batch_size": 4, "data.source": "text", "data.path": "%(text)s", "data.split_by": "tail",
-    "optimizer.name": "adamw", "optimizer.warmup_steps": 0, "train.duration_steps": 4, "train.max_nonfinite_steps": 2,
+    "optimizer.name": "adamw", "optimizer.warmup_steps": 0, "train.duration_steps": 4, "metrics.every_steps": 2,
     "evaluate.sample_tokens": 0, "evaluate.every_steps": 2, "evaluate.batch_size": 16,
 }
 
-def get_sweep(arg=""):
-    diverging = zip_({"optimizer.learning_rate": [1e30]})
-    return Sweep("%(recipe)s", chain(seeds(2), diverging) if arg else seeds(2), TINY)
+def get_sweep():
+    return Sweep("%(recipe)s", seeds(2), TINY)
 """
 
 
@@ -44,9 +43,8 @@ def test_two_at_a_time_give_the_bits_of_one_at_a_time(tmp_path, sweep_file, caps
     assert cli.main(["sweep", sweep_file, f"--workdir={tmp_path / 'one'}", "--json"]) == 0
     one = json.loads(capsys.readouterr().out)
     assert one["all_done"] and [trial["status"] for trial in one["trials"]] == ["done", "done"]
-    assert cli.main(["sweep", f"{sweep_file}:diverging", f"--workdir={tmp_path / 'two'}", "--jobs=2"]) == 1
-    said = capsys.readouterr().err
-    assert "failed (nonfinite): the gradient was not finite in 2 steps in a row" in said and "2 of 3 done" in said
+    assert cli.main(["sweep", sweep_file, f"--workdir={tmp_path / 'two'}", "--jobs=2"]) == 0
+    assert "2 of 2 done" in capsys.readouterr().err
 
     results = [
         {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / name).glob("trials/*/result.json")}
@@ -59,8 +57,8 @@ def test_two_at_a_time_give_the_bits_of_one_at_a_time(tmp_path, sweep_file, caps
 
     assert cli.main(["compare", str(tmp_path / "two"), "--json"]) == 0
     (report,) = json.loads(capsys.readouterr().out)["reports"]
-    assert [run["missing"] for group in report["groups"] for run in group["runs"]] == ["", "", "failed (nonfinite)"]
-    assert report["comparisons"][0]["winner"] is None
+    losses = [result["eval"]["loss"] for _, result in sorted(results[1].items())]
+    assert [run["value"] for group in report["groups"] for run in group["runs"]] == losses and losses[0] != losses[1]
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,17 @@ import json
 import os
 import socket
 import time
+import types
 
 import pytest
 
-from gptjax import cli
+from gptjax import cli, recipes
 from gptjax.config import UserError
 from gptjax.sweeps.folder import State, SweepFolder
 from gptjax.sweeps.outcome import judge, read_log
 from gptjax.sweeps.table import LiveTable, estimate, latest_metrics, lines, read_rows, summary
 from gptjax.train.run import start_time
-from tests.sweeps.drive import prepare
+from tests.sweeps.drive import RECIPE, prepare
 
 TRACEBACK = [
     "Traceback (most recent call last):",
@@ -62,6 +63,18 @@ TRACEBACK = [
 def test_why_a_trial_ended(status, log, more, expected):
     outcome = judge(status, log, **({"finished": False} | more))
     assert (outcome.kind == "memory") if expected is None else dataclasses.astuple(outcome) == expected
+
+
+def test_the_sentence_of_a_run_that_diverges_is_known_by_its_beginning(monkeypatch):
+    from gptjax.train import loop
+
+    monkeypatch.setattr(loop, "batch_documents", lambda *_: ["a.txt"])
+    config = recipes.load_recipe(RECIPE, ["train.max_nonfinite_steps=2"])
+    run = types.SimpleNamespace(config=config, dataset=types.SimpleNamespace(train=None), line=lambda text: None)
+    with pytest.raises(loop.NonFiniteError) as ended:
+        loop._check_finite(run, 5, 2)
+    outcome = judge(1, ["step 4", f"gptjax: {ended.value}"], finished=False)
+    assert outcome.kind == "nonfinite" and outcome.why == str(ended.value)
 
 
 def test_only_the_latest_start_is_looked_at(tmp_path):
