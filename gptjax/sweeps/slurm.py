@@ -70,7 +70,6 @@ def run_on_slurm(
     sweep: Sweep,
     trials: Sequence[Trial],
     jobs: int,
-    timeout: float,
     retry_failed: bool,
     table: LiveTable,
     *,
@@ -90,7 +89,7 @@ def run_on_slurm(
         for trial in fresh:
             queued = dataclasses.replace(folder.state(trial.name), status="queued", kind="", why="", job="", exit_status=None)
             folder.write_state(trial.name, queued)
-        submitted = executor.submit_array([TrialJob(folder.path, trial.name, timeout, command) for trial in fresh])
+        submitted = executor.submit_array([TrialJob(folder.path, trial.name, sweep.timeout, command) for trial in fresh])
         for trial, job in zip(fresh, submitted, strict=True):
             live[trial.name] = job
             state = folder.state(trial.name)

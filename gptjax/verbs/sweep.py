@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from typing import Any
@@ -28,7 +29,8 @@ trials save; a trial that outlives a killed driver is waited for by the next one
 threads, whatever --jobs is, since another number of threads gives other roundings; GPUs are divided, --devices each.
 
 --where=slurm submits an array job through submitit (extra: slurm) and waits; stopping the driver leaves the jobs in the queue and
-the same command waits again. --where=jobset prints a Kubernetes manifest for each missing trial, for `kubectl apply -f -`.
+the same command waits again; --retries is for this machine. --where=jobset prints a Kubernetes manifest for each missing trial,
+for `kubectl apply -f -`.
 
 Exit status: 0 all trials are done, 1 some are not, 75 and 130 stopped by SIGTERM and Ctrl-C.""",
     )
@@ -86,29 +88,32 @@ def _run_here(arguments: argparse.Namespace, sweep: Sweep, folder: SweepFolder, 
         given = getattr(arguments, name)
         return getattr(sweep, name) if given is None else given
 
+    settings = {name: own(name) for name in ("cores", "devices", "timeout", "retries")}
+    sweep = dataclasses.replace(sweep, **settings)
     table = LiveTable(folder, arguments.jobs)
-    slots, shares = divide(arguments.jobs, own("cores"), own("devices"))
+    is_local = arguments.where == "local"
+    slots, shares = divide(arguments.jobs, sweep.cores, sweep.devices) if is_local else ([], "")
     about = {"file": arguments.file, "recipe": sweep.recipe, "jobs": arguments.jobs, "where": arguments.where}
     with RunLock(folder.path, table.say):
-        _check_cores(folder, own("cores"))
-        folder.write_definition(trials, about | {name: own(name) for name in ("cores", "devices", "timeout", "retries")})
-        if arguments.where == "slurm":
-            from gptjax.sweeps.slurm import run_on_slurm
-
-            status = run_on_slurm(folder, sweep, trials, arguments.jobs, own("timeout"), arguments.retry_failed, table)
-        else:
+        _check_cores(folder, sweep.cores)
+        folder.write_definition(trials, about | settings)
+        if is_local:
             table.say(f"{len(trials)} trials, {shares}.")
             driver = Driver(
                 folder,
                 trials,
                 slots,
-                timeout=own("timeout"),
-                retries=own("retries"),
+                timeout=sweep.timeout,
+                retries=sweep.retries,
                 retry_failed=arguments.retry_failed,
                 say=table.say,
                 show=table.show,
             )
             status = driver.run()
+        else:
+            from gptjax.sweeps.slurm import run_on_slurm
+
+            status = run_on_slurm(folder, sweep, trials, arguments.jobs, arguments.retry_failed, table)
     table.close()
     if arguments.json:
         print_json({"trials": as_json(read_rows(folder)), "all_done": status == 0})

@@ -83,7 +83,7 @@ def queue(monkeypatch):
 def on_slurm(folder: SweepFolder, trials, sweep: Sweep = SWEEP, retry_failed: bool = False, **options) -> tuple[int, str]:
     said = io.StringIO()
     table = LiveTable(folder, 2, said)
-    status = run_on_slurm(folder, sweep, trials, 2, 0.0, retry_failed, table, command=STUB, interval=0.02, **options)
+    status = run_on_slurm(folder, sweep, trials, 2, retry_failed, table, command=STUB, interval=0.02, **options)
     return status, said.getvalue()
 
 
