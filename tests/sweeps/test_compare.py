@@ -7,6 +7,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from gptjax import cli
 from gptjax import config as config_lib
@@ -65,6 +66,7 @@ def test_runs_are_grouped_by_config_and_paired_by_seed(tmp_path):
         [json.loads((pathlib.Path(f) / "result.json").read_text())["eval"]["loss"] for f in folders[i : i + 6]] for i in (0, 6)
     ]
     assert comparison.paired.difference == pytest.approx(np.mean(losses[1]) - np.mean(losses[0]), rel=1e-12)
+    assert comparison.paired.p == pytest.approx(stats.ttest_rel(losses[1], losses[0]).pvalue, rel=1e-9)
     assert comparison.winner is groups[1] and comparison.more_seeds == 0
     assert comparison.verdict.startswith("2 (learning_rate=0.002) is better: eval/loss differs by 0.0")
     text = "\n".join(lines(report))
