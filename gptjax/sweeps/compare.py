@@ -103,7 +103,8 @@ def _conclude(
 ) -> Comparison:
     if found is None or p_holm is None:
         named = f" ({', '.join(map(str, seeds))})" if seeds else ""
-        verdict = f"no winner: {len(seeds)} seeds are paired{named}, and at least {MIN_PAIRS} are needed."
+        count = f"{len(seeds)} seed{' is' if len(seeds) == 1 else 's are'}"
+        verdict = f"no winner: {count} paired{named}, and at least {MIN_PAIRS} are needed."
         return Comparison(a, b, seeds, None, None, MIN_PAIRS - len(seeds), None, verdict)
     settled = found.excludes_zero and p_holm < 1 - report.confidence
     needed = pairs_needed(found.effect, level)
@@ -118,9 +119,11 @@ def _conclude(
         )
     if reason:
         return Comparison(a, b, seeds, found, p_holm, more, None, f"no winner: {reason}")
+    low, high = sorted(map(abs, found.interval))
+    how = "higher" if higher_is_better else "lower"
     verdict = (
-        f"{better.title} is better: {report.metric} differs by {abs(found.difference):.4g} "
-        f"({report.confidence:.0%} interval {_between(found.interval)}, {found.pairs} seeds, {_p(p_holm)}{_after(tests)})."
+        f"{better.title} is better: {report.metric} is {how} by {abs(found.difference):.4g} "
+        f"({report.confidence:.0%} interval {_between((low, high))}, {found.pairs} seeds, {_p(p_holm)}{_after(tests)})."
     )
     return Comparison(a, b, seeds, found, p_holm, more, better, verdict)
 

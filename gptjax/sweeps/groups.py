@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import Config, UserError, from_json, walk
+from gptjax.config import Config, UserError, flatten, from_json, walk
 from gptjax.sweeps.definition import own_knobs, short_names, show
 from gptjax.sweeps.folder import SweepFolder
 from gptjax.train.metrics import FILE_NAME, read_metrics
@@ -21,14 +21,21 @@ SEED = "train.seed"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's folder. `knobs`: what shapes it, besides the seed, and is not at its default. `unfinished` says why, or ''."""
+    """A run's folder. `knobs`: what shapes it, besides the seed, and is not at its default. `unfinished` says why, or ''.
+
+    `origin` is the sweep's folder, or the folder that holds the run's.
+    """
 
     folder: pathlib.Path
-    argument: str
-    seed: int
+    origin: str
+    config: Config
     knobs: dict[str, Any]
     result: dict[str, Any]
     unfinished: str = ""
+
+    @property
+    def seed(self) -> int:
+        return self.config.train.seed
 
     def rows(self) -> list[dict[str, Any]]:
         path = self.folder / FILE_NAME
@@ -57,7 +64,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
             sweep = SweepFolder(path)
             runs += [_sweep_run(sweep, trial["name"], argument) for trial in sweep.read_definition()["trials"]]
         elif (path / "config.json").is_file():
-            runs.append(_run(path, argument, from_json(path / "config.json"), "it has not finished"))
+            runs.append(_run(path, str(path.parent), from_json(path / "config.json"), "it has not finished"))
         else:
             raise UserError(f"{path} is neither a run's folder nor a sweep's: it has no config.json and no sweep.json.")
     doubles: dict[pathlib.Path, Run] = {}
@@ -66,24 +73,24 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     return list(doubles.values())
 
 
-def _sweep_run(sweep: SweepFolder, name: str, argument: str) -> Run:
+def _sweep_run(sweep: SweepFolder, name: str, origin: str) -> Run:
     folder, state = sweep.trial(name), sweep.observed(name)
     config = from_json(folder / "config.json") if (folder / "config.json").exists() else sweep.requested(name)
-    return _run(folder, argument, config, f"{state.status} ({state.kind})" if state.kind else state.status)
+    return _run(folder, origin, config, f"{state.status} ({state.kind})" if state.kind else state.status)
 
 
-def _run(folder: pathlib.Path, argument: str, config: Config, otherwise: str) -> Run:
+def _run(folder: pathlib.Path, origin: str, config: Config, otherwise: str) -> Run:
     result = read_result(folder)
     shaping = {key for key, _, field in walk(config) if field.metadata["shapes_run"]}
     knobs = {key: value for key, value in own_knobs(config).items() if key in shaping and key != SEED}
-    return Run(folder, argument, config.train.seed, knobs, result or {}, "" if result else otherwise)
+    return Run(folder, origin, config, knobs, result or {}, "" if result else otherwise)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Groups in order of appearance.
 
-    Where two arguments hold runs of one config and seed, as before and after a change of the code, each argument is grouped for
-    itself. Raises `UserError` where one argument holds such two runs.
+    Where there are two runs of one config and seed, as before and after a change of the code, runs of different origins are not
+    grouped together. Raises `UserError` where two such runs have one origin.
     """
     by_config: dict[str, list[Run]] = {}
     for run in runs:
@@ -91,12 +98,14 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     apart = any(len({run.seed for run in group}) < len(group) for group in by_config.values())
     found: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        found.setdefault((run.argument if apart else "", _key(run.knobs)), []).append(run)
+        found.setdefault((run.origin if apart else "", _key(run.knobs)), []).append(run)
     for group in found.values():
         seen: dict[int, Run] = {}
         for run in group:
             if run.seed in seen:
-                raise UserError(f"{seen[run.seed].folder} and {run.folder} have the same config and seed; leave one out.")
+                raise UserError(
+                    f"{seen[run.seed].folder} and {run.folder} have one config and seed, and lie in one folder; leave one out."
+                )
             seen[run.seed] = run
     labels = _labels([group[0] for group in found.values()], apart)
     return [
@@ -110,14 +119,15 @@ def _key(knobs: dict[str, Any]) -> str:
 
 
 def _labels(firsts: Sequence[Run], apart: bool) -> list[str]:
-    """What tells each group apart: the knobs that are not the same in all, and the argument where configs are."""
+    """What tells each group apart: the knobs that are not the same in all, and the origin where configs do not."""
     keys = dict.fromkeys(key for run in firsts for key in run.knobs)
     differing = [key for key in keys if len({repr(run.knobs.get(key)) for run in firsts}) > 1]
-    short, defaults = short_names(set(differing)), {key: value for key, value, _ in walk(Config())}
+    short = short_names(set(differing))
     texts = []
     for run in firsts:
-        knobs = ", ".join(f"{short[key]}={show(run.knobs.get(key, defaults[key]))}" for key in differing)
-        texts.append(", ".join(filter(None, [run.argument if apart else "", knobs])) or "all runs")
+        values = flatten(run.config)
+        knobs = ", ".join(f"{short[key]}={show(values[key])}" for key in differing)
+        texts.append(", ".join(filter(None, [run.origin if apart else "", knobs])) or "all runs")
     return texts
 
 

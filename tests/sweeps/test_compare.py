@@ -68,7 +68,7 @@ def test_runs_are_grouped_by_config_and_paired_by_seed(tmp_path):
     assert comparison.paired.difference == pytest.approx(np.mean(losses[1]) - np.mean(losses[0]), rel=1e-12)
     assert comparison.paired.p == pytest.approx(stats.ttest_rel(losses[1], losses[0]).pvalue, rel=1e-9)
     assert comparison.winner is groups[1] and comparison.more_seeds == 0
-    assert comparison.verdict.startswith("2 (learning_rate=0.002) is better: eval/loss differs by 0.0")
+    assert comparison.verdict.startswith("2 (learning_rate=0.002) is better: eval/loss is lower by 0.0")
     text = "\n".join(lines(report))
     assert f"{np.mean(losses[0]):.5g}" in text and "2 - 1" in text
 
@@ -129,15 +129,11 @@ def test_before_and_after_with_the_same_configs_are_two_groups(tmp_path):
         for when, loss in (("a", 1.9), ("b", 1.8))
         for seed in range(3)
     ]
-    with pytest.raises(UserError, match="have the same config and seed"):
-        group_runs(
-            [
-                *read_runs([folders[0]]),
-                *[run.__class__(**vars(run) | {"argument": folders[0]}) for run in read_runs([folders[3]])],
-            ]
-        )
-    assert len(groups_of([folders[0], folders[3]])) == 2
-    assert [group.label for group in groups_of([folders[0], folders[3]])] == [folders[0], folders[3]]
+    groups = groups_of(folders)
+    assert [group.label for group in groups] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert [len(group.runs) for group in groups] == [3, 3] and compare(groups).comparisons[0].winner is groups[1]
+    with pytest.raises(UserError, match="have one config and seed, and lie in one folder"):
+        groups_of([folders[0], str(make_run(tmp_path / "a" / "again", 0, 1.9))])
 
 
 def test_a_sweeps_folder_says_which_trials_failed(tmp_path):
