@@ -105,6 +105,8 @@ def _executor(folder: SweepFolder, sweep: Sweep, jobs: int, cluster: str) -> tup
     except ImportError:
         raise UserError("--where=slurm needs the package submitit: pip install 'gptjax[slurm]'.") from None
     settings = {"cpus_per_task": sweep.cores, "nodes": 1, "tasks_per_node": 1, "name": "gptjax"} | dict(sweep.slurm)
+    if "timeout_min" not in settings:  # submitit would take five minutes
+        raise UserError("slurm needs the jobs' time limit in minutes: Sweep(slurm={'timeout_min': 600, ...}).")
     for name in ("nodes", "tasks_per_node"):
         if settings[name] != 1:
             raise UserError(f"slurm: {name}={settings[name]}, but a trial is one process; launch/slurm.sbatch runs larger ones.")

@@ -27,7 +27,7 @@ from gptjax.sweeps.table import LiveTable
 from tests.sweeps.drive import RECIPE, STUB, prepare
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SWEEP = Sweep(RECIPE, seeds(2), cores=3)
+SWEEP = Sweep(RECIPE, seeds(2), cores=3, slurm={"timeout_min": 2})
 
 
 @dataclasses.dataclass
@@ -167,7 +167,11 @@ def test_the_jobs_name_lets_a_requeued_one_take_its_folder_back(tmp_path, queue,
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
-    [({"nodes": 2}, "nodes=2, but a trial is one process; launch/slurm.sbatch"), ({"slurm_partitoin": "a"}, "Unknown argument")],
+    [
+        ({"timeout_min": 2, "nodes": 2}, "nodes=2, but a trial is one process; launch/slurm.sbatch"),
+        ({"timeout_min": 2, "slurm_partitoin": "a"}, "Unknown argument"),
+        ({}, r"time limit in minutes: Sweep\(slurm="),
+    ],
 )
 def test_settings_that_slurm_cannot_take(tmp_path, queue, settings, sentence):
     folder, trials = prepare(tmp_path, ["ok"])
@@ -187,12 +191,11 @@ def test_submitit_itself(tmp_path):
     """The real package, with its executor that starts processes here in place of SLURM."""
     pytest.importorskip("submitit", reason="submitit is not installed (extra: slurm)")
     folder, trials = prepare(tmp_path, ["ok", "crash"])
-    sweep = dataclasses.replace(SWEEP, slurm={"timeout_min": 2})
-    status, _ = on_slurm(folder, trials, sweep, cluster="local")
+    status, _ = on_slurm(folder, trials, cluster="local")
     assert status == 1 and [folder.observed(trial.name).status for trial in trials] == ["done", "failed"]
-    assert on_slurm(folder, trials, sweep, cluster="local")[0] == 1
+    assert on_slurm(folder, trials, cluster="local")[0] == 1
     with pytest.raises(UserError, match="--where=slurm: "):  # there is no SLURM here
-        on_slurm(folder, trials, sweep)
+        on_slurm(folder, trials)
 
 
 # --- Kubernetes ---

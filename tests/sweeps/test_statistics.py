@@ -40,8 +40,8 @@ def test_with_no_difference_at_most_six_in_a_hundred_are_called_different(seeds)
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
-@pytest.mark.parametrize("difference", [0.005, -0.02])
-def test_a_known_difference_is_covered_as_often_as_promised(seeds, difference):
+def test_a_known_difference_is_covered_as_often_as_promised(seeds):
+    difference = 0.005
     differences = simulated_losses(seeds, difference, np.random.default_rng((1, seeds)))
     low, high, _ = student(differences)
     assert 0.93 <= np.mean((low <= difference) & (difference <= high)) <= 0.97
