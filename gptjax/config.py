@@ -74,9 +74,34 @@ class ModelConfig:
     norm_bias: bool = knob(True, "LayerNorm has a bias (RMSNorm never has one).")
     position: str = knob("learned", "How a token knows its place.", choices=("learned", "rotary", "none"))
     rope_base: float = knob(10000.0, "Base of the rotary frequencies.", above=1)
+    rotary_fraction: float = knob(1.0, "Share of each head that rotary positions turn, from its front.", above=0, at_most=1)
+    rope_scaling: str = knob(
+        "none", "How rotary frequencies stretch to longer contexts.", choices=("none", "linear", "dynamic", "llama3", "yarn")
+    )
+    rope_scaling_factor: float = knob(1.0, "How many times longer the context is to become.", at_least=1)
+    rope_original_max_seq_len: int = knob(
+        0, "dynamic, llama3, yarn: context before it was stretched; 0: max_seq_len.", at_least=0
+    )
+    rope_low_freq_factor: float = knob(
+        1.0, "llama3: a frequency that turns fewer times in the original context is divided by the factor.", above=0
+    )
+    rope_high_freq_factor: float = knob(4.0, "llama3: one that turns more often stays.", above=0)
+    rope_beta_fast: float = knob(32.0, "yarn: a frequency that turns more often in the original context stays.", above=0)
+    rope_beta_slow: float = knob(1.0, "yarn: one that turns fewer times is divided by the factor.", above=0)
+    rope_truncate: bool = knob(True, "yarn: the two bounds are rounded outwards to whole pairs.")
+    rope_attention_factor: float = knob(
+        0.0, "yarn: rotated queries and keys are multiplied by it; 0: 0.1 * ln(rope_scaling_factor) + 1.", at_least=0
+    )
+    block: str = knob(
+        "serial",
+        "x + attention(norm(x)), then x + mlp(norm(x)); parallel: x + attention(norm(x)) + mlp(norm(x)), each norm its own.",
+        choices=("serial", "parallel"),
+    )
     activation: str = knob("gelu_tanh", "Non-linearity of the MLP.", choices=("gelu", "gelu_tanh", "relu", "silu"))
     gated_mlp: bool = knob(False, "down(activation(gate(x)) * up(x)) in place of down(activation(up(x))).")
     attention_bias: bool = knob(True, "Biases on the query, key, value and output projections.")
+    attention_output_bias: bool = knob(True, "With attention_bias: on the output projection too.")
+    query_key_norm: bool = knob(False, "`norm` over each head's query and key, before they are rotated.")
     mlp_bias: bool = knob(True, "Biases in the MLP.")
     tied_embeddings: bool = knob(True, "The output head is the transposed token embedding.")
 
@@ -120,6 +145,11 @@ class ModelConfig:
     )
     attention_window: int = knob(0, "Latest tokens that a query sees, its own included; 0: all.", at_least=0)
     attention_softcap: float = knob(0.0, "Scores become cap * tanh(score / cap), as in Gemma 2; 0: off.", at_least=0)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Numbers of each head that rotary positions turn."""
+        return int(self.head_dim * self.rotary_fraction)
 
 
 # What each attention backend can do besides causal attention over packed segments with grouped heads. "context": over a sequence
@@ -540,8 +570,7 @@ def _check(config: Config) -> None:
     model, data = config.model, config.data
     if model.num_heads % model.num_kv_heads:
         raise UserError(f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}.")
-    if model.position == "rotary" and model.head_dim % 2:
-        raise UserError(f"rotary positions need an even model.head_dim, not {model.head_dim}.")
+    _check_rotary(model)
     if data.seq_len > model.max_seq_len:
         raise UserError(
             f"data.seq_len={data.seq_len} is longer than model.max_seq_len={model.max_seq_len}, the positions that the model has."
@@ -556,6 +585,30 @@ def _check(config: Config) -> None:
     _check_mesh(config.mesh)
     _check_durations(config)
     _check_source(data)
+
+
+def _check_rotary(model: ModelConfig) -> None:
+    if model.position != "rotary":
+        if model.rope_scaling != "none":
+            raise UserError(f"model.rope_scaling={model.rope_scaling} needs model.position=rotary, not {model.position}.")
+        return
+    if model.head_dim % 2:
+        raise UserError(f"rotary positions need an even model.head_dim, not {model.head_dim}.")
+    if model.rotary_dim % 2 or not model.rotary_dim:
+        raise UserError(
+            f"model.rotary_fraction={model.rotary_fraction} of model.head_dim={model.head_dim} is {model.rotary_dim} numbers, "
+            "but rotary positions turn pairs; make it an even number of at least 2."
+        )
+    if model.rope_scaling == "dynamic" and model.rotary_dim == 2:
+        raise UserError("model.rope_scaling=dynamic needs more than one pair to rotate; raise model.rotary_fraction or head_dim.")
+    if model.rope_scaling == "dynamic" and model.rope_original_max_seq_len > model.max_seq_len:
+        raise UserError(
+            f"model.rope_original_max_seq_len={model.rope_original_max_seq_len} is more than "
+            f"model.max_seq_len={model.max_seq_len}; model.rope_scaling=dynamic stretches the one to the other."
+        )
+    for low, high in (("rope_low_freq_factor", "rope_high_freq_factor"), ("rope_beta_slow", "rope_beta_fast")):
+        if getattr(model, low) >= getattr(model, high):
+            raise UserError(f"model.{low}={getattr(model, low)} must be below model.{high}={getattr(model, high)}.")
 
 
 def _check_experts(config: Config) -> None:

@@ -1,8 +1,17 @@
 """What every test stands on: the CPU, a cache of its own, no network, and the shared data where it is present."""
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
+
+# Most of a test's time is the compiler's, for programs that run a few times on few numbers. Without any optimisation (level 0)
+# it is less still, but then products and sums are rounded one by one; tests that don't mind ask for it. Processes that tests
+# start inherit this. The older emitters, which compile in half the time, went with jax 0.11.
+_QUICK = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
+if importlib.metadata.version("jax").startswith("0.10."):
+    _QUICK += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # Read by jax, matplotlib, tokenizers and the BLAS when they are first imported, so they are set before any test module is.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -34,6 +34,13 @@ LLAMA = {
     "model.mlp_bias": False,
     "model.tied_embeddings": False,
 }
+NEOX = {
+    "model.position": "rotary",
+    "model.rotary_fraction": 0.5,
+    "model.block": "parallel",
+    "model.activation": "gelu",
+    "model.tied_embeddings": False,
+}
 KINDS = {"gpt2": GPT2, "llama": LLAMA}
 
 

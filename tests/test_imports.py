@@ -46,7 +46,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.checkpoints",
         "gptjax.train.optimizers",
         "gptjax.train.run",
+        "gptjax.train.state",
         "gptjax.train.step",
+    ),
+    "gptjax.train.convert": (
+        "gptjax.config",
+        "gptjax.data.tokenizers",
+        "gptjax.interop",
+        "gptjax.recipes",
+        "gptjax.train.checkpoints",
+        "gptjax.train.restore",
+        "gptjax.train.run",
     ),
     "gptjax.train.evaluate": (
         "gptjax.config",
@@ -83,9 +93,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 
 # Outside packages that a part may not touch: data is numpy only, and nothing needs TensorFlow or unpickles what a stranger wrote.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
-    "gptjax": ("configs", "experiments", "tests", "tensorflow", "pickle", "torch"),
-    "gptjax.config": ("jax", "flax", "optax", "orbax", "grain"),
-    "gptjax.data": ("jax", "flax", "optax", "orbax"),
+    "gptjax": ("configs", "experiments", "tests", "tensorflow", "pickle"),
+    **{f"gptjax.{name}": ("torch", "transformers") for name in ("cli", "generate", "model", "parallel", "plan", "train")},
+    "gptjax.config": ("jax", "flax", "optax", "orbax", "grain", "torch", "transformers"),
+    "gptjax.data": ("jax", "flax", "optax", "orbax", "torch", "transformers"),
 }
 
 

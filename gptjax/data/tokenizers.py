@@ -42,6 +42,18 @@ class Tokenizer(ABC):
         """int32 [vocab_size]: UTF-8 bytes of the text that each id stands for, 0 for special ids."""
 
     @abstractmethod
+    def vocabulary(self) -> Sequence[bytes | None]:
+        """The bytes that each id adds to a text, None for a special id: those of a text's ids, joined, are the text.
+
+        A tokenizer that puts a space before every text takes it off again where the text begins; behind a prompt there is none to
+        take off. Raises `UserError` where the bytes of an id depend on its neighbours.
+        """
+
+    def token_id(self, name: str) -> int | None:
+        """The id of a piece or special token as the tokenizer's files spell it; None where there is none."""
+        return None
+
+    @abstractmethod
     def files(self) -> dict[str, bytes]:
         """{file name: content} of all that defines the tokenizer."""
 
@@ -120,6 +132,9 @@ class ByteTokenizer(Tokenizer):
     def token_bytes(self) -> np.ndarray:
         return (np.arange(self.vocab_size) < 256).astype(np.int32)
 
+    def vocabulary(self) -> Sequence[bytes | None]:
+        return [*(bytes([byte]) for byte in range(256)), None]
+
     def files(self) -> dict[str, bytes]:
         return {}
 
@@ -158,6 +173,9 @@ class CharTokenizer(Tokenizer):
     def token_bytes(self) -> np.ndarray:
         return np.asarray([len(character.encode()) for character in self.alphabet], np.int32)
 
+    def vocabulary(self) -> Sequence[bytes | None]:
+        return [character.encode() for character in self.alphabet]
+
     def files(self) -> dict[str, bytes]:
         return {"alphabet.json": json.dumps(self.alphabet).encode()}
 
@@ -195,6 +213,9 @@ class PieceTokenizer(Tokenizer):
     def token_bytes(self) -> np.ndarray:
         return np.asarray([len(piece or b"") for piece in self.pieces], np.int32)
 
+    def vocabulary(self) -> Sequence[bytes | None]:
+        return self.pieces
+
 
 class Gpt2Tokenizer(PieceTokenizer):
     """GPT-2's byte-pair encoding from encoder.json and vocab.bpe; `<|endoftext|>` begins and ends a document."""
@@ -213,10 +234,14 @@ class Gpt2Tokenizer(PieceTokenizer):
         self.pieces = [
             None if i == self.eos_id else piece_bytes(piece) for piece, i in sorted(ids.items(), key=lambda item: item[1])
         ]
+        self._ids = ids
         self._encode = BytePairEncoder(ids, [(left, right) for left, right in pairs]).encode
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._encode(text), np.int32)
+
+    def token_id(self, name: str) -> int | None:
+        return self._ids.get(name)
 
     def files(self) -> dict[str, bytes]:
         return {"encoder.json": self._encoder, "vocab.bpe": self._merges}
@@ -264,6 +289,10 @@ class SentencePieceTokenizer(PieceTokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return super().decode(ids) if self._exact else self._processor.decode(_checked(ids, self.vocab_size).tolist())
+
+    def token_id(self, name: str) -> int | None:
+        found = self._processor.piece_to_id(name)  # the unknown token's where there is none
+        return found if self._processor.id_to_piece(found) == name else None
 
     def files(self) -> dict[str, bytes]:
         return {"sentencepiece.model": self._model}
@@ -360,6 +389,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id = self._first("<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[CLS]")
         self.eos_id = self._first("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[SEP]")
 
+    def name_of(self, i: int | None) -> str | None:
+        """How the file spells an id; None where it has none such."""
+        return None if i is None else self._tokenizer.id_to_token(i)
+
     def _first(self, *names: str) -> int | None:
         return next((i for name in names if (i := self._tokenizer.token_to_id(name)) is not None), None)
 
@@ -375,25 +408,43 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @functools.cached_property
     def _token_bytes(self) -> np.ndarray:
-        definition = json.loads(self._content)
-        specials = {token["id"] for token in definition.get("added_tokens", []) if token.get("special")}
-        added = {token["id"]: token["content"] for token in definition.get("added_tokens", [])}
-        kinds = {part.get("type") for part in _parts(definition.get("decoder"))}
+        if not self._unjoined():
+            return np.asarray([len(piece or b"") for piece in self.vocabulary()], np.int32)
+        specials = {token["id"] for token in self._definition.get("added_tokens", []) if token.get("special")}
         sizes = np.zeros(self.vocab_size, np.int32)
-        for piece, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if i in specials:
-                continue
-            if i in added:
-                sizes[i] = len(added[i].encode())
-            elif "ByteLevel" in kinds:
-                sizes[i] = len(piece)  # one character a byte
-            elif "ByteFallback" in kinds and _BYTE_PIECE.fullmatch(piece):
-                sizes[i] = 1
-            elif kinds & {"Metaspace", "Replace"}:
-                sizes[i] = len(piece.replace(_META_SPACE, " ").encode())
-            else:
-                sizes[i] = len(self._tokenizer.decode([i]).encode())
+        for i in self._tokenizer.get_vocab(with_added_tokens=True).values():
+            sizes[i] = 0 if i in specials else len(self._tokenizer.decode([i]).encode())
         return sizes
+
+    @functools.cached_property
+    def _definition(self) -> dict[str, Any]:
+        return json.loads(self._content)
+
+    def vocabulary(self) -> Sequence[bytes | None]:
+        if unjoined := self._unjoined():
+            raise UserError(
+                f"the tokenizer.json joins its pieces by the decoder {unjoined}, so that no piece has bytes of its own; "
+                f"known are {', '.join(sorted(_PIECEWISE))}."
+            )
+        return self._vocabulary
+
+    def _unjoined(self) -> str | None:
+        """The first decoder by which the text of a piece depends on its neighbours."""
+        kinds = [part.get("type") for part in _parts(self._definition.get("decoder"))]
+        return next((kind or "null" for kind in kinds if kind not in _PIECEWISE), None)
+
+    @functools.cached_property
+    def _vocabulary(self) -> list[bytes | None]:
+        specials = {token["id"] for token in self._definition.get("added_tokens", []) if token.get("special")}
+        decoders = _parts(self._definition.get("decoder"))
+        pieces: list[bytes | None] = [None] * self.vocab_size
+        for i in set(self._tokenizer.get_vocab(with_added_tokens=True).values()) - specials:
+            # Not the vocabulary's own spelling: an added token may be decoded as the normaliser writes it.
+            pieces[i] = _decoded(self._tokenizer.id_to_token(i) or "", decoders)
+        return pieces
+
+    def token_id(self, name: str) -> int | None:
+        return self._tokenizer.token_to_id(name)
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self._content}
@@ -403,7 +454,30 @@ class HuggingFaceTokenizer(Tokenizer):
         return cls(files["tokenizer.json"])
 
 
-_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
+# Decoders that treat each piece by itself, but for a space or a few at the ends of the whole text.
+_PIECEWISE = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
+
+
+def _decoded(piece: str, decoders: list[dict[str, Any]]) -> bytes:
+    """The bytes of a piece inside a text, by the decoders in their order."""
+    for decoder in decoders:
+        kind = decoder["type"]
+        if kind == "ByteFallback" and _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(piece[3:-1], 16)])
+        if kind == "ByteLevel":
+            try:
+                return piece_bytes(piece)
+            except KeyError:  # an added token, which need not be written in those characters
+                return piece.encode()
+        if kind == "Metaspace":
+            piece = piece.replace(decoder.get("replacement", _META_SPACE), " ")
+        elif kind == "Replace":
+            pattern = decoder["pattern"]
+            if "String" not in pattern:
+                raise UserError("the tokenizer.json decodes by replacing a regular expression, which only that package reads.")
+            piece = piece.replace(pattern["String"], decoder["content"])
+    return piece.encode()
 
 
 def _parts(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -59,6 +59,7 @@ class _Request:
     seed: Any
     is_eos_V: Any
     vocab_size: Any
+    limits_B: Any
     max_new_tokens: Any
     greedy: Any
     values: processors.Values
@@ -111,6 +112,7 @@ def generate_tokens(
     for row, prompt in zip(prompts_BP, prompts, strict=True):
         row[: len(prompt)] = prompt
     eos_ids = tuple(sorted(set(eos_ids)))
+    limits_B = settings.limits(lengths_B).astype(np.int32)
     names, values = processors.plan(settings, Vocabulary(vocab_size, eos_ids))
     request = _Request(
         prompts_BP,
@@ -119,7 +121,8 @@ def generate_tokens(
         seed=np.uint32(seed),
         is_eos_V=np.isin(np.arange(config.vocab_size), eos_ids),
         vocab_size=np.int32(vocab_size),
-        max_new_tokens=np.int32(settings.max_new_tokens),
+        limits_B=limits_B,
+        max_new_tokens=(limits_B - lengths_B).max(),
         greedy=np.bool_(settings.greedy),
         values=values,
         names=names,
@@ -187,18 +190,18 @@ def _append(request: _Request, rows: _Rows, logits_BV: jax.Array) -> _Rows:
     keys_B = jax.vmap(lambda sample, index: jax.random.fold_in(jax.random.fold_in(key, sample), index))(
         request.samples_B, rows.lengths_B
     )
-    history = History(rows.tokens_BW, rows.lengths_B, request.lengths_B, request.lengths_B + request.max_new_tokens)
+    history = History(rows.tokens_BW, rows.lengths_B, request.lengths_B, request.limits_B)
     logits_BV = processors.within_vocabulary(logits_BV, request.vocab_size)
     logits_BV = processors.process(request.names, request.values, logits_BV, history)
     chosen_B = processors.draw(logits_BV, keys_B, request.greedy)
-    alive_B = ~rows.stopped_B
+    alive_B = ~rows.stopped_B & (rows.lengths_B < request.limits_B)
     batch, width = rows.tokens_BW.shape
     places_B = jnp.where(alive_B, rows.lengths_B, width)  # out of range, so dropped, where a row has stopped
     return dataclasses.replace(
         rows,
         tokens_BW=rows.tokens_BW.at[jnp.arange(batch), places_B].set(chosen_B, mode="drop"),
         lengths_B=rows.lengths_B + alive_B,
-        stopped_B=rows.stopped_B | request.is_eos_V[chosen_B],
+        stopped_B=rows.stopped_B | (alive_B & request.is_eos_V[chosen_B]),
         drawn=rows.drawn + 1,
     )
 

@@ -59,7 +59,7 @@ def generate_text(
         [ids[prompt] for prompt, _ in requests],
         settings=settings,
         seed=seed,
-        eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        eos_ids=settings.eos_ids(tokenizer.eos_id),
         vocab_size=tokenizer.vocab_size,
         samples=[sample for _, sample in requests],
     )

@@ -1,408 +1,252 @@
-"""Hugging Face folders (config.json and safetensors) to our knobs and parameters.
+"""Hugging Face folders (config.json and safetensors), in and out.
 
-An architecture is an entry of `ARCHITECTURES`: which knobs its config.json stands for, which of its keys must have one value
-since the decoder knows no other, and a tensor table. Every tensor of a file is used or ignored by name; no parameter is missed.
+Every tensor of a folder is used or ignored by name; no parameter is missed. The tables are in architectures.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
+from gptjax.config import ModelConfig, UserError, to_dict
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.interop import foreign, layout, safetensors, tokens
+from gptjax.interop.architectures import ARCHITECTURES, Architecture, Knobs, Source, read_knobs, write_config
+from gptjax.interop.foreign import Foreign
+from gptjax.interop.layout import Row
+from gptjax.interop.tensors import Tensors
 
-from gptjax.config import ModelConfig, UserError, from_dict, to_dict
-from gptjax.model.decoder import Decoder
-
-Knobs = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Where one of our parameters comes from."""
-
-    path: str  # ours
-    name: str  # theirs, `{}` standing for the layer
-    layout: str = "plain"  # plain: same axes; in_out: [inputs, outputs]; out_in: [outputs, inputs], as in torch's nn.Linear
-    in_axes: int = 1  # how many of our leading axes are the inputs
-    part: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal pieces of the outputs
+SHARD_BYTES = 5 * 10**9  # as transformers cuts them
 
 
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """One `model_type`."""
-
-    knobs: Callable[[Source], Knobs]
-    rows: Callable[[ModelConfig], list[Row]]
-    prefix: str  # in front of every name but the head's, or absent throughout
-    ignored: str  # regular expression of tensors that hold no parameters
-    must_be: dict[str, tuple[Any, ...]]  # the values of a key of config.json that the decoder can express; absent is the first
-
-
-class Source:
-    """A config.json with errors that name the file and the key."""
-
-    def __init__(self, path: pathlib.Path, values: dict[str, Any]) -> None:
-        self.path, self.values = path, values
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The key's value; the default where it is absent or null. Without a default, the key is needed."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise UserError(f"{self.path} has no {key!r}.")
-        return value
-
-    def one_of(self, key: str, table: dict[str, str], default: str) -> str:
-        value = self.get(key, default)
-        if value not in table:
-            raise UserError(f"{self.path}: {key}={value!r} is not among those that the decoder has: {', '.join(table)}.")
-        return table[value]
-
-
-# --- GPT-2 ----------------------------------------------------------------------------------------------------------------------
-
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",  # the same formula, factored
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-
-
-def _gpt2_knobs(source: Source) -> Knobs:
-    return {
-        "vocab_size": source.get("vocab_size"),
-        "num_layers": source.get("n_layer"),
-        "model_dim": source.get("n_embd"),
-        "num_heads": source.get("n_head"),
-        "num_kv_heads": source.get("n_head"),
-        "mlp_dim": source.get("n_inner", 4 * source.get("n_embd")),
-        "max_seq_len": source.get("n_positions"),
-        "norm": "layernorm",
-        "norm_epsilon": source.get("layer_norm_epsilon", 1e-5),
-        "norm_bias": True,
-        "position": "learned",
-        "activation": source.one_of("activation_function", _ACTIVATIONS, "gelu_new"),
-        "gated_mlp": False,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "tied_embeddings": source.get("tie_word_embeddings", True),
-    }
-
-
-def _gpt2_rows(config: ModelConfig) -> list[Row]:
-    rows = [Row("embed/tokens", "wte.weight"), Row("embed/positions", "wpe.weight")]
-    for ours, theirs in {"layers/attention_norm": "h.{}.ln_1", "layers/mlp_norm": "h.{}.ln_2", "final_norm": "ln_f"}.items():
-        rows += [Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")]
-    linear = {
-        "attention/query": ("attn.c_attn", 1, (0, 3)),
-        "attention/key": ("attn.c_attn", 1, (1, 3)),
-        "attention/value": ("attn.c_attn", 1, (2, 3)),
-        "attention/output": ("attn.c_proj", 2, (0, 1)),
-        "mlp/up": ("mlp.c_fc", 1, (0, 1)),
-        "mlp/down": ("mlp.c_proj", 1, (0, 1)),
-    }
-    for ours, (theirs, in_axes, part) in linear.items():
-        # Conv1D keeps its weight as [inputs, outputs].
-        rows.append(Row(f"layers/{ours}/kernel", f"h.{{}}.{theirs}.weight", "in_out", in_axes, part))
-        rows.append(Row(f"layers/{ours}/bias", f"h.{{}}.{theirs}.bias", "in_out", 0, part))
-    return rows
-
-
-# --- Llama ----------------------------------------------------------------------------------------------------------------------
-
-
-def _llama_knobs(source: Source) -> Knobs:
-    heads = source.get("num_attention_heads")
-    return {
-        "vocab_size": source.get("vocab_size"),
-        "num_layers": source.get("num_hidden_layers"),
-        "model_dim": source.get("hidden_size"),
-        "num_heads": heads,
-        "num_kv_heads": source.get("num_key_value_heads", heads),
-        "head_dim": source.get("head_dim", 0),
-        "mlp_dim": source.get("intermediate_size"),
-        "max_seq_len": source.get("max_position_embeddings"),
-        "norm": "rmsnorm",
-        "norm_epsilon": source.get("rms_norm_eps", 1e-6),
-        "norm_bias": False,
-        "position": "rotary",
-        "rope_base": _rope_base(source),
-        "activation": source.one_of("hidden_act", _ACTIVATIONS, "silu"),
-        "gated_mlp": True,
-        "attention_bias": source.get("attention_bias", False),
-        "mlp_bias": source.get("mlp_bias", False),
-        "tied_embeddings": source.get("tie_word_embeddings", False),
-    }
-
-
-def _rope_base(source: Source) -> float:
-    """`rope_theta`, or `rope_parameters.rope_theta` in newer files; a scaled variant is refused."""
-    theta = source.values.get("rope_theta")
-    for group in ("rope_scaling", "rope_parameters"):
-        values = source.values.get(group)
-        if values is None:
-            continue
-        kind = values.get("rope_type", values.get("type", "default")) if isinstance(values, dict) else values
-        unknown = sorted(set(values) - {"rope_type", "type", "rope_theta"}) if isinstance(values, dict) else []
-        if kind != "default" or unknown:
-            raise UserError(f"{source.path}: {group}={values!r} is not among those that the decoder has: plain rotary positions.")
-        theta = values.get("rope_theta", theta)
-    return 10000.0 if theta is None else theta
-
-
-def _llama_rows(config: ModelConfig) -> list[Row]:
-    rows = [
-        Row("embed/tokens", "embed_tokens.weight"),
-        Row("layers/attention_norm/scale", "layers.{}.input_layernorm.weight"),
-        Row("layers/mlp_norm/scale", "layers.{}.post_attention_layernorm.weight"),
-        Row("final_norm/scale", "norm.weight"),
-    ]
-    linear = {
-        "attention/query": ("self_attn.q_proj", 1, config.attention_bias),
-        "attention/key": ("self_attn.k_proj", 1, config.attention_bias),
-        "attention/value": ("self_attn.v_proj", 1, config.attention_bias),
-        "attention/output": ("self_attn.o_proj", 2, config.attention_bias),
-        "mlp/gate": ("mlp.gate_proj", 1, config.mlp_bias),
-        "mlp/up": ("mlp.up_proj", 1, config.mlp_bias),
-        "mlp/down": ("mlp.down_proj", 1, config.mlp_bias),
-    }
-    for ours, (theirs, in_axes, has_bias) in linear.items():
-        rows.append(Row(f"layers/{ours}/kernel", f"layers.{{}}.{theirs}.weight", "out_in", in_axes))
-        if has_bias:
-            rows.append(Row(f"layers/{ours}/bias", f"layers.{{}}.{theirs}.bias", "in_out", 0))
-    return rows
-
-
-ARCHITECTURES = {
-    "gpt2": Architecture(
-        knobs=_gpt2_knobs,
-        rows=_gpt2_rows,
-        prefix="transformer.",
-        ignored=r"h\.\d+\.attn\.(bias|masked_bias)",  # the causal mask, kept as a tensor by old versions
-        must_be={
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "reorder_and_upcast_attn": (False,),
-            "add_cross_attention": (False,),
-        },
-    ),
-    "llama": Architecture(
-        knobs=_llama_knobs,
-        rows=_llama_rows,
-        prefix="model.",
-        ignored=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",  # computed from rope_theta
-        must_be={
-            "sliding_window": (None,),
-            "partial_rotary_factor": (None, 1, 1.0),
-            "logits_soft_cap": (None,),
-        },
-    ),
-}
-
-# For every architecture.
-_MUST_BE: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "is_encoder_decoder": (False,)}
-
-HEAD = "lm_head.weight"
-
-
-# --- reading --------------------------------------------------------------------------------------------------------------------
+# --- in -------------------------------------------------------------------------------------------------------------------------
 
 
 def load(folder: pathlib.Path) -> tuple[Knobs, Any]:
-    """(knobs of `ModelConfig`, parameters in our layout as a tree of float32 numpy arrays) of a Hugging Face folder.
+    """(knobs of `ModelConfig`, parameters in our layout as a tree of numpy arrays) of a Hugging Face folder.
 
-    Tensors are read one at a time into their place, so memory stays near the model's size in float32. Raises `UserError`, naming
-    file and key or tensor, for anything missing, left over, of another shape, or that the decoder cannot express.
+    Parameters are bfloat16 where all tensors of the folder are, else float32. Raises `UserError`, naming file and key or tensor,
+    for anything missing, left over, of another shape, or that the decoder cannot express.
     """
-    folder = pathlib.Path(folder)
-    source = _read_config(folder)
-    architecture = _architecture(source)
-    for key, allowed in (_MUST_BE | architecture.must_be).items():
-        value = source.values.get(key, allowed[0])
-        if value not in allowed:
-            raise UserError(f"{source.path}: {key}={value!r} cannot be expressed by the decoder, which knows {allowed[0]!r}.")
-    try:
-        # The door of the schema checks types and bounds; what is not of the model only has to pass.
-        knobs = architecture.knobs(source)
-        config = from_dict({"model": knobs, "data": {"seq_len": 1}, "train": {"duration_steps": 1}}).model
-    except UserError as error:
-        raise UserError(str(error) if str(source.path) in str(error) else f"{source.path}: {error}") from None
-    tensors = Tensors(folder)
-    params = _fill(architecture, config, tensors)
-    return {key: value for key, value in to_dict(config).items() if key in knobs or key == "head_dim"}, params
+    model = open_folder(pathlib.Path(folder))
+    config = model.config().model
+    settled = {*model.knobs, "num_kv_heads", "head_dim", "mlp_dim"}
+    return {name: value for name, value in to_dict(config).items() if name in settled}, model.read(config)
 
 
-def _read_config(folder: pathlib.Path) -> Source:
-    path = folder / "config.json"
+def open_folder(folder: pathlib.Path) -> Foreign:
+    """The model of a folder, checked but for its tensors' shapes. Raises as `load`."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder.")
+    path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
-    return Source(path, _read_json(path))
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    source = Source(path, safetensors.read_json(path))
+    kind = _architecture(source)
+    architecture = ARCHITECTURES[kind]
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object.")
-    return values
+        knobs = read_knobs(source, architecture)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path} has a value of the wrong kind: {error}.") from None
+    Foreign("", "", path, knobs, Tensors(folder, {}), architecture.rows, bool).config()  # the door's checks
+    tensors = safetensors.open_folder(folder)
+    prefix = architecture.prefix if any(name.startswith(architecture.prefix) for name in tensors) else ""
+    head = next((name for name in architecture.heads if name in tensors), architecture.heads[0])
+
+    def rows(config: ModelConfig) -> list[Row]:
+        return named_rows(architecture, config, prefix, head)
+
+    tied = knobs["tied_embeddings"]
+    return Foreign(
+        format="huggingface",
+        architecture=kind,
+        source=path,
+        knobs=knobs | {"param_dtype": foreign.param_dtype(_kinds(architecture, tensors, prefix))},
+        tensors=tensors,
+        rows=rows,
+        ignored=_ignored(architecture, tensors, prefix, head, tied),
+        tokenizer=lambda: tokens.from_folder(folder),
+        canonical=lambda name: architecture.heads[0] if name == head else architecture.prefix + name.removeprefix(prefix),
+    )
 
 
-def _architecture(source: Source) -> Architecture:
+def _kinds(architecture: Architecture, tensors: Tensors, prefix: str) -> set[str]:
+    skipped = layout.matches(architecture.ignored)
+    return {stored.kind for name, stored in tensors.items() if not skipped(name.removeprefix(prefix))}
+
+
+def _architecture(source: Source) -> str:
     """By `model_type`; where it is absent, by the beginning of the class's name in `architectures`."""
     kind = source.values.get("model_type")
     if kind is None:
-        classes = " ".join(source.values.get("architectures") or []).lower()
-        kind = next((known for known in ARCHITECTURES if classes.startswith(known)), classes or None)
+        classes = " ".join(map(str, source.values.get("architectures") or []))
+        kind = next((known for known, found in ARCHITECTURES.items() if classes.startswith(found.classes)), classes or None)
     if kind not in ARCHITECTURES:
         raise UserError(f"{source.path}: the architecture {kind!r} is not known; known are {', '.join(ARCHITECTURES)}.")
-    return ARCHITECTURES[kind]
+    return str(kind)
 
 
-class Tensors:
-    """The tensors of a folder's safetensors file or files, by name; shapes are known before anything is read."""
-
-    def __init__(self, folder: pathlib.Path) -> None:
-        self.where: dict[str, tuple[pathlib.Path, Any]] = {}
-        for path in _weight_files(folder):
-            handle = _open(path)
-            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
-                if name in self.where:
-                    raise UserError(f"the tensor {name} is both in {self.where[name][0]} and in {path}.")
-                self.where[name] = (path, handle)
-        self.folder = folder
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.where[name][1].get_slice(name).get_shape())
-
-    def read(self, name: str) -> np.ndarray:
-        """In float32."""
-        path, handle = self.where[name]
-        kind = handle.get_slice(name).get_dtype()
-        if kind not in ("F64", "F32", "F16", "BF16"):
-            raise UserError(f"{path}: the tensor {name} is of type {kind}; read are F64, F32, F16 and BF16.")
-        return np.asarray(handle.get_tensor(name)).astype(np.float32)
+def named_rows(architecture: Architecture, config: ModelConfig, prefix: str, head: str) -> list[Row]:
+    """The architecture's rows with the names as they stand in the file, the head's with them where it is not tied."""
+    rows = [dataclasses.replace(row, name=prefix + row.name) for row in architecture.rows(config)]
+    return rows if config.tied_embeddings else [*rows, Row("head", "DV", head, "V D")]
 
 
-def _open(path: pathlib.Path) -> Any:
+def _ignored(architecture: Architecture, tensors: Tensors, prefix: str, head: str, tied: bool) -> Callable[[str], bool]:
+    """Whether a tensor that is not used may be there: it holds no parameters, or the embedding once more."""
+    embedding = next(prefix + row.name for row in _embedding(architecture))
+
+    def ignored(name: str) -> bool:
+        if layout.matches(architecture.ignored)(name.removeprefix(prefix)):
+            return True
+        if name == head and tied:
+            tensors.check_kind(head)
+            if tensors.equal(head, embedding):
+                return True
+            raise UserError(f"{tensors.source}: {head} differs from {embedding}, but tie_word_embeddings ties them.")
+        return False
+
+    return ignored
+
+
+def _embedding(architecture: Architecture) -> list[Row]:
+    return [row for row in architecture.rows(ModelConfig()) if row.path == "embed/tokens"]
+
+
+# --- out ------------------------------------------------------------------------------------------------------------------------
+
+# Knobs that have no part in what a trained model computes.
+_NOT_THE_MODEL = {
+    "embedding_dropout",
+    "attention_dropout",
+    "residual_dropout",
+    "init_std",
+    "scaled_residual_init",
+    "dtype",
+    "param_dtype",
+    "remat",
+    "scan_unroll",
+    "attention",
+    "expert_mlp_dim",
+    "expert_capacity_factor",
+    "router_normalize_top_k",
+    "experts_per_token",
+}
+
+
+def architecture_for(config: ModelConfig) -> str:
+    """The first architecture whose config.json, read again, gives every knob of this model.
+
+    Raises `UserError` naming the knobs that the nearest one has otherwise.
+    """
+    differing: dict[str, dict[str, tuple[Any, Any]]] = {}
+    for kind in ARCHITECTURES:
+        lost_knobs = _lost(kind, config)
+        if lost_knobs == {}:
+            return kind
+        if lost_knobs is not None:
+            differing[kind] = lost_knobs
+    if not differing:
+        sizes = ", ".join(f"model.{name}={getattr(config, name)}" for name in ("model_dim", "num_heads", "head_dim"))
+        raise UserError(f"no Hugging Face architecture expresses this model, with its {sizes}.")
+    nearest = min(differing, key=lambda kind: len(differing[kind]))
+    lost = ", ".join(f"model.{name}={ours!r} (it has {theirs!r})" for name, (ours, theirs) in differing[nearest].items())
+    raise UserError(f"no Hugging Face architecture expresses this model; the nearest, {nearest}, cannot do {lost}.")
+
+
+def _lost(kind: str, config: ModelConfig) -> dict[str, tuple[Any, Any]] | None:
+    """{knob: (this model's, what is read again)} where the two differ; None where nothing can be read again."""
+    path, architecture = pathlib.Path("config.json"), ARCHITECTURES[kind]
     try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise UserError(f"reading {path} needs the package safetensors: pip install 'gptjax[huggingface]'.") from None
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}.") from None
+        knobs = read_knobs(Source(path, write_config(kind, config)), architecture)
+        found = Foreign("", kind, path, knobs, Tensors(path, {}), architecture.rows, bool).config().model
+    except UserError:  # its sizes make no model of this kind
+        return None
+    ours, theirs = _what_counts(config), _what_counts(found)
+    return {name: (ours.get(name), theirs.get(name)) for name in ours | theirs if ours.get(name) != theirs.get(name)}
 
 
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise UserError(f"{index} has no weight_map of tensors to files.")
-        files = [folder / name for name in sorted(set(shards.values()))]
-        for path in files:
-            if path.parent != folder or not path.is_file():
-                raise UserError(f"{index} names the file {path.name}, which is not in {folder}.")
-        return files
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.bin.index.json") for path in folder.glob(pattern))
-    if pickles:
-        raise UserError(
-            f"{folder} holds {pickles[0]}, a pickle, which can run any code when read; convert it to safetensors first: "
-            "transformers' save_pretrained(folder, safe_serialization=True) writes it."
-        )
-    raise UserError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
+def _what_counts(config: ModelConfig) -> dict[str, Any]:
+    """The knobs that have a part in what the model computes, each in one form."""
+    values = {name: value for name, value in to_dict(config).items() if name not in _NOT_THE_MODEL}
+    rotary = config.position == "rotary"
+    for name in [name for name in values if name.startswith(("rope_", "rotary_")) and name not in ("rope_base", "rope_scaling")]:
+        if not rotary or (name.startswith("rope_") and name not in _USED_BY[config.rope_scaling]):
+            del values[name]
+    if not rotary:
+        del values["rope_base"]
+    if "rope_original_max_seq_len" in values:
+        values["rope_original_max_seq_len"] = config.rope_original_max_seq_len or config.max_seq_len
+    values["norm_bias"] = config.norm_bias and config.norm != "rmsnorm"
+    values["attention_output_bias"] = config.attention_bias and config.attention_output_bias
+    return values
 
 
-# --- into our layout ------------------------------------------------------------------------------------------------------------
+_USED_BY: dict[str, set[str]] = {
+    "none": set(),
+    "linear": {"rope_scaling_factor"},
+    "dynamic": {"rope_scaling_factor", "rope_original_max_seq_len"},
+    "llama3": {"rope_scaling_factor", "rope_original_max_seq_len", "rope_low_freq_factor", "rope_high_freq_factor"},
+    "yarn": {
+        "rope_scaling_factor",
+        "rope_original_max_seq_len",
+        "rope_beta_fast",
+        "rope_beta_slow",
+        "rope_truncate",
+        "rope_attention_factor",
+    },
+}
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_TORCH = {kind: name for name, kind in DTYPES.items()} | {"F64": "float64"}
 
 
-def _fill(architecture: Architecture, config: ModelConfig, tensors: Tensors) -> Any:
-    abstract = nn.unbox(jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]))
-    shapes = {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-    rows = architecture.rows(config)
-    if not config.tied_embeddings:
-        rows.append(Row("head", HEAD, "out_in"))
-    assert {row.path for row in rows} == set(shapes), "the table and the decoder disagree"
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A model that is about to be written."""
 
-    has_prefix = any(name.startswith(architecture.prefix) for name in tensors.where)
-    prefix = architecture.prefix if has_prefix else ""
-    # Everything is looked for before memory is taken.
-    plan = [piece for row in rows for piece in _pieces(row, shapes[row.path], prefix)]
-    for name, shape in {name: shape for _, _, name, shape in plan}.items():
-        if name not in tensors.where:
-            raise UserError(f"{tensors.folder} has no tensor {name}.")
-        if tensors.shape(name) != shape:
-            raise UserError(
-                f"{tensors.folder}: the tensor {name} has shape {tensors.shape(name)}, but config.json asks for {shape}."
-            )
-    _account_for_the_rest(architecture, config, tensors, prefix, {name for _, _, name, _ in plan})
+    kind: str
+    config: ModelConfig
+    tensors: list[safetensors.Write]
+    encodings: dict[str, str]
 
-    flat = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
-    for row, layer, name, _ in plan:
-        target = flat[row.path] if layer is None else flat[row.path][layer]
-        target[...] = _laid_out(row, tensors.read(name)).reshape(target.shape)
-    return _nested(flat)
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(safetensors.num_bytes, self.tensors))
 
 
-def _pieces(row: Row, shape: tuple[int, ...], prefix: str) -> Iterator[tuple[Row, int | None, str, tuple[int, ...]]]:
-    """(row, layer or None, their name, their shape) of each tensor that a parameter is made of."""
-    stacked = "{}" in row.name
-    ours = shape[1:] if stacked else shape
-    if row.layout == "plain":
-        theirs = ours
-    else:
-        inputs, outputs = math.prod(ours[: row.in_axes]), math.prod(ours[row.in_axes :]) * row.part[1]
-        theirs = (outputs,) if row.in_axes == 0 else (inputs, outputs) if row.layout == "in_out" else (outputs, inputs)
-    name = row.name if row.name == HEAD else prefix + row.name
-    for layer in range(shape[0]) if stacked else (None,):
-        yield row, layer, name if layer is None else name.format(layer), theirs
+def prepare(config: ModelConfig, flat: dict[str, Any], dtype: str = "", source: dict[str, Any] | None = None) -> Export:
+    """What is to be written of a model; `flat` is {path: array}.
+
+    `dtype`: float32, bfloat16 or float16 for all tensors; "": those of the folder that the model was read from, which `source`
+    tells ({"format", "architecture", "kinds"}), else the parameters' own. Raises `UserError` where no architecture expresses the
+    model.
+    """
+    source = source if source and source.get("format") == "huggingface" else {}
+    kind = str(source.get("architecture", ""))
+    if kind not in ARCHITECTURES or _lost(kind, config) != {}:
+        kind = architecture_for(config)
+    architecture = ARCHITECTURES[kind]
+    kinds = source.get("kinds", {}) if kind == source.get("architecture") else {}
+    default = DTYPES[dtype or config.param_dtype] if dtype or not kinds else kinds["default"]
+    others = {} if dtype else kinds.get("others", {})
+    rows = named_rows(architecture, config, architecture.prefix, architecture.heads[0])
+    tensors = list(layout.writes(rows, config, flat, lambda name: others.get(name, default)))
+    return Export(kind, config, tensors, {name: encoding for name, encoding, *_ in tensors})
 
 
-def _laid_out(row: Row, tensor: np.ndarray) -> np.ndarray:
-    """[..., outputs] with the inputs in front, only the row's part of the outputs."""
-    index, count = row.part
-    return np.split(tensor.T if row.layout == "out_in" else tensor, count, axis=-1)[index]
+def write(folder: pathlib.Path, export: Export, tokenizer: Tokenizer | None, shard_bytes: int = SHARD_BYTES) -> list[str]:
+    """Writes config.json, tensors and, where it can be expressed, the tokenizer into an empty folder.
 
-
-def _account_for_the_rest(architecture: Architecture, config: ModelConfig, tensors: Tensors, prefix: str, used: set[str]) -> None:
-    """A tensor that is not used must be one that holds no parameters, or the embedding once more."""
-    for name in sorted(set(tensors.where) - used):
-        if re.fullmatch(architecture.ignored, name.removeprefix(prefix)):
-            continue
-        if name == HEAD and config.tied_embeddings:
-            embedding = next(prefix + row.name for row in architecture.rows(config) if row.path == "embed/tokens")
-            if tensors.shape(name) == tensors.shape(embedding) and np.array_equal(tensors.read(name), tensors.read(embedding)):
-                continue
-            raise UserError(f"{tensors.folder}: {HEAD} differs from {embedding}, but tie_word_embeddings ties them.")
-        raise UserError(f"{tensors.where[name][0]}: the tensor {name} has no place in this architecture.")
-
-
-def _nested(flat: dict[str, np.ndarray]) -> Any:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
+    Returns what is to be said about it. Raises OSError where the disk refuses.
+    """
+    kinds = set(export.encodings.values())
+    values = write_config(export.kind, export.config)
+    values["torch_dtype"] = _TORCH[next(iter(kinds))] if len(kinds) == 1 else "float32"
+    ids = {"bos_token_id": tokenizer.bos_id if tokenizer else None, "eos_token_id": tokenizer.eos_id if tokenizer else None}
+    (folder / "config.json").write_text(json.dumps(values | ids, indent=2) + "\n", encoding="utf-8")
+    safetensors.write_folder(folder, export.tensors, shard_bytes)
+    return tokens.to_folder(folder, tokenizer) if tokenizer else ["the run has no tokenizer, so the folder has none."]

@@ -15,7 +15,7 @@ from gptjax.config import ModelConfig, UserError, attention_refusal
 from gptjax.model import primitives
 from gptjax.model.blockwise import blockwise_attention
 from gptjax.model.context import Shared, context_attention
-from gptjax.model.layers import Projection
+from gptjax.model.layers import Norm, Projection
 from gptjax.model.positions import rotate
 from gptjax.model.splash import splash_attention, splash_context_attention
 from gptjax.parallel.sharding import spec
@@ -250,11 +250,12 @@ class Attention(nn.Module):
         query = Projection(c, ("embed",), ("heads", "head_dim"), (c.num_heads, c.head_dim), c.attention_bias, name="query")
         key = Projection(c, ("embed",), ("kv_heads", "head_dim"), (c.num_kv_heads, c.head_dim), c.attention_bias, name="key")
         value = Projection(c, ("embed",), ("kv_heads", "head_dim"), (c.num_kv_heads, c.head_dim), c.attention_bias, name="value")
-        output = Projection(
-            c, ("heads", "head_dim"), ("embed",), (c.model_dim,), c.attention_bias, into_residual=True, name="output"
-        )
+        has_bias = c.attention_bias and c.attention_output_bias
+        output = Projection(c, ("heads", "head_dim"), ("embed",), (c.model_dim,), has_bias, into_residual=True, name="output")
 
         q_BTNH, k_BTKH, v_BTKH = query(x_BTD), key(x_BTD), value(x_BTD)
+        if c.query_key_norm:
+            q_BTNH, k_BTKH = Norm(c, "head_dim", name="query_norm")(q_BTNH), Norm(c, "head_dim", name="key_norm")(k_BTKH)
         if angles is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
         if cache is not None:

@@ -36,7 +36,9 @@ REMAT_POLICIES = {
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), or experts in place of the mlp."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), or experts in place of the mlp; parallel: both see the block's input, as in
+    GPT-NeoX (Black et al., 2022).
+    """
 
     config: ModelConfig
 
@@ -53,9 +55,9 @@ class Block(nn.Module):
         x_BTD = constrain(x_BTD, "batch", "length", None)
         y_BTD = Norm(c, name="attention_norm")(x_BTD)
         y_BTD, cache = Attention(c, name="attention")(y_BTD, positions_BT, angles, segment_ids_BT, attention_keys, cache)
-        x_BTD = x_BTD + primitives.dropout(y_BTD, c.residual_dropout, residual_keys)
+        input_BTD, x_BTD = x_BTD, x_BTD + primitives.dropout(y_BTD, c.residual_dropout, residual_keys)
 
-        y_BTD, stats = Norm(c, name="mlp_norm")(x_BTD), None
+        y_BTD, stats = Norm(c, name="mlp_norm")(input_BTD if c.block == "parallel" else x_BTD), None
         if c.num_experts:
             is_token_BT = None if segment_ids_BT is None else segment_ids_BT > 0
             # A token that is generated has no row to share places with, so none is dropped.
@@ -80,9 +82,10 @@ class Embedding(nn.Module):
             )
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        x_BTD = _look_up(self.tokens, tokens_BT)
+        dtype = jnp.promote_types(self.config.param_dtype, self.config.dtype)  # a sum of bfloat16 tables must not round to them
+        x_BTD = _look_up(self.tokens, tokens_BT).astype(dtype)
         if self.config.position == "learned":
-            x_BTD = x_BTD + _look_up(self.positions, positions_BT)
+            x_BTD = x_BTD + _look_up(self.positions, positions_BT).astype(dtype)
         return x_BTD.astype(self.config.dtype)
 
 
@@ -145,7 +148,7 @@ class Decoder(nn.Module):
         x_BTD = self.embed(tokens_BT, positions_BT)
         if dropout_keys is not None:
             x_BTD = primitives.dropout(x_BTD, c.embedding_dropout, primitives.fold_in(dropout_keys, 0))
-        angles = rotary_angles(positions_BT, c.head_dim, c.rope_base) if c.position == "rotary" else None
+        angles = rotary_angles(positions_BT, c) if c.position == "rotary" else None
         shared = (positions_BT, angles, segment_ids_BT, dropout_keys)
         if axis_size("stage") > 1 and cache is None and not self.is_initializing():
             x_BTD, stats = self._through_stages(x_BTD, shared)

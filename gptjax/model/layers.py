@@ -32,15 +32,16 @@ class Norm(nn.Module):
     """LayerNorm (Ba et al., 2016) or RMSNorm (Zhang & Sennrich, 2019) over the last axis, in float32."""
 
     config: ModelConfig
+    axis: str = "embed"
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
         width = (x_BTD.shape[-1],)
-        scale_D = parameter(self, "scale", nn.initializers.ones, ("embed",), width, c.param_dtype)
+        scale_D = parameter(self, "scale", nn.initializers.ones, (self.axis,), width, c.param_dtype)
         if c.norm == "rmsnorm":
             return primitives.rms_norm(x_BTD, scale_D, c.norm_epsilon)
-        bias_D = parameter(self, "bias", nn.initializers.zeros, ("embed",), width, c.param_dtype) if c.norm_bias else None
+        bias_D = parameter(self, "bias", nn.initializers.zeros, (self.axis,), width, c.param_dtype) if c.norm_bias else None
         return primitives.layer_norm(x_BTD, scale_D, bias_D, c.norm_epsilon)
 
 

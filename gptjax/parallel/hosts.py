@@ -127,6 +127,7 @@ def initialise() -> None:
     if asked is None or _joined is not None:
         return
     _find_coordinator(asked)
+    _keep_output_apart()
     import jax
 
     # Its handler of SIGTERM would be in the way of the training loop's, and knows nothing of Ctrl-C.
@@ -154,6 +155,20 @@ def initialise() -> None:
         _check_count(asked, count)
     except UserError as error:
         fail(str(error), 2)
+
+
+def _keep_output_apart() -> None:
+    """What is not Python's goes to standard error from here on: gloo writes to descriptor 1, before a result that is to be read
+    by a program, whenever processes connect.
+    """
+    with contextlib.suppress(OSError, ValueError):  # standard output is closed, or no descriptor
+        if sys.stdout.fileno() != 1:
+            return
+        sys.stdout.flush()
+        own = os.dup(1)
+        os.dup2(2, 1)
+        options: dict[str, Any] = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
+        sys.stdout = open(own, "w", buffering=1, closefd=False, **options)  # noqa: SIM115 - for the rest of the process
 
 
 def _find_coordinator(asked: Settings) -> None:

@@ -37,7 +37,7 @@ def plan(
         raise UserError(
             f"{axes} takes {mesh.size} of the {topology.devices} devices of {topology.name}; one axis of -1 takes what is left."
         )
-    estimated = memory.estimate(config, mesh)
+    estimated = memory.estimate(config, mesh, topology.chip.kind)
     stages = mesh.shape["stage"]
     report: dict[str, Any] = {
         "topology": topology.name,
@@ -113,6 +113,11 @@ def _add_compiled(report: dict[str, Any], config: Config, topology: Topology, co
         report["notes"].append(
             "the attention kernels' FLOPs are counted from their shapes, for the time half of the square; their memory "
             "traffic as what goes in and out once."
+        )
+    if config.model.num_experts and not config.model.expert_capacity_factor:
+        report["notes"].append(
+            "of dropless experts the formula counts the rows that tokens choose; their grouped products are compiled with room "
+            "for the worst case, and on a CPU for each token with every expert."
         )
     if topology.device_peak:
         _add_times(report, config, topology, program, collectives, devices, efficiency)
@@ -192,6 +197,7 @@ def describe(report: dict[str, Any]) -> str:
         "FLOPs of one step, all devices",
         f"  {'model (6P + 12LTNH)':<24}{flops['model']:10.4g}",
         f"  {'recomputed (remat)':<24}{flops['recomputed']:10.4g}",
+        *([f"  {'empty expert places':<24}{flops['empty']:10.4g}"] if flops["empty"] else []),
         f"  {'executed, by formula':<24}{flops['executed']:10.4g}",
     ]
     if "compiler" in flops:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptjax.config import Config, ModelConfig
+from gptjax.model.experts import capacity
 from gptjax.plan.chips import Topology
 from gptjax.plan.hlo import Collective, Program
 from gptjax.train.flops import flops_per_token
@@ -20,24 +21,50 @@ EFFICIENCY = 0.8  # of the peak that large products reach; an assumption, not a 
 CHIPLET_LINKS = 12  # a TPU7x's two halves: six times an ICI dimension, whose two directions are two links (Google's TPU7x page)
 
 
+def expert_places(model: ModelConfig, length: int) -> float:
+    """Rows that go through routed experts for each token: those of their capacity, filled or not; dropless, its choices."""
+    if not model.expert_capacity_factor:
+        return float(model.experts_per_token)
+    return model.num_experts * capacity(model, length) / length
+
+
+def empty_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """FLOPs on experts' places that no token takes, with the backward pass; below 0 where full ones hold not all choices."""
+    if not model.num_experts:
+        return 0.0
+    matrices = 3 if model.gated_mlp else 2
+    empty = expert_places(model, seq_len) - model.experts_per_token
+    return 6.0 * model.num_layers * empty * matrices * model.model_dim * model.expert_mlp_dim
+
+
 def recomputed_flops_per_token(model: ModelConfig, seq_len: int, kernel: bool = False) -> float:
     """FLOPs that `model.remat` adds: "dots" computes attention again, "full" the block but for its last product, whose result
-    no gradient needs. `kernel`: attention's backward pass is two kernels, which draw the scores twice and their gradient twice:
-    7 products in place of 4.
+    no gradient needs; that of routed experts is needed, by their weights. `kernel`: attention's backward pass is two kernels,
+    which draw the scores twice and their gradient twice: 7 products in place of 4.
     """
     attention = 4.0 * seq_len * model.num_heads * model.head_dim
     projections = 4.0 * model.model_dim * model.head_dim * (model.num_heads + model.num_kv_heads)
-    up = (4.0 if model.gated_mlp else 2.0) * model.model_dim * model.mlp_dim
-    again = {"none": 0.0, "dots": attention, "full": attention + projections + up}[model.remat]
+    ups, experts = (2.0 if model.gated_mlp else 1.0), 0.0
+    mlp_dim = model.mlp_dim
+    if model.num_experts:
+        mlp_dim = model.num_shared_experts * model.expert_mlp_dim
+        experts = 2.0 * (ups + 1) * model.model_dim * model.expert_mlp_dim * expert_places(model, seq_len)
+    up = 2.0 * ups * model.model_dim * mlp_dim
+    again = {"none": 0.0, "dots": attention, "full": attention + projections + up + experts}[model.remat]
     return model.num_layers * (again + (6.0 * seq_len * model.num_heads * model.head_dim if kernel else 0.0))
 
 
 def flops_by_formula(config: Config, kernel: bool = False) -> dict[str, float]:
-    """FLOPs of one step over all devices: `model` (train/flops.py: what the MFU counts), `recomputed`, and their sum."""
-    tokens = config.tokens_per_step
-    model = tokens * flops_per_token(config.model, config.data.seq_len)
-    recomputed = tokens * recomputed_flops_per_token(config.model, config.data.seq_len, kernel)
-    return {"model": model, "recomputed": recomputed, "executed": model + recomputed}
+    """FLOPs of one step over all devices: `model` (train/flops.py: what the MFU counts), `recomputed`, on `empty` places of
+    experts, and their sum, `executed`.
+    """
+    tokens, length = config.tokens_per_step, config.data.seq_len
+    found = {
+        "model": tokens * flops_per_token(config.model, length),
+        "recomputed": tokens * recomputed_flops_per_token(config.model, length, kernel),
+        "empty": tokens * empty_flops_per_token(config.model, length),
+    }
+    return found | {"executed": sum(found.values())}
 
 
 def mesh_axes(group: Sequence[int], sizes: dict[str, int]) -> tuple[str, ...]:

@@ -111,12 +111,13 @@ class Checkpoints:
 
     # --- save -----------------------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, metadata: dict[str, Any], copied: bool = True) -> None:
         """Saves `state`, a pytree of jax arrays, and `metadata`, which JSON can hold.
 
         Waits for the save before it. When it returns the state's buffers may be donated: they have been copied to the host. A
         failure is reported, not raised, until `checkpoint.max_failures` in a row raise `CheckpointsFailing`. A step that this
-        process saved or restored is not saved again.
+        process saved or restored is not saved again. `copied=False` saves memory where the caller leaves the buffers alone until
+        `wait` returns.
         """
         if self._read_only:
             raise ValueError("these checkpoints were opened to be read.")
@@ -133,7 +134,9 @@ class Checkpoints:
             if _is_primary():
                 self._prepare(save.folder, about)
             with _orbax():
-                response = ocp.save_async(save.folder / "arrays", {name: _own(leaf) for name, leaf in leaves.items()})
+                response = ocp.save_async(
+                    save.folder / "arrays", {name: _own(leaf) if copied else leaf for name, leaf in leaves.items()}
+                )
         except (OSError, ValueError, RuntimeError) as error:  # ValueError: tensorstore's, for every refusal of the disk
             self._abandon(save, error)
         else:

@@ -90,9 +90,13 @@ class StopSignals:
             self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        fails = kind is not None and issubclass(kind, Exception) and not issubclass(kind, Interrupted)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Another process's death may be the cause, and then a launcher's SIGTERM follows: it must not come before this
+            # process, which ends by itself in seconds, has found out and said who died.
+            speaks = fails and hosts.process_count() > 1 and number == signal.SIGTERM
+            signal.signal(number, signal.SIG_IGN if speaks else handler)
 
 
 @dataclasses.dataclass

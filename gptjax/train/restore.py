@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +19,21 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.train.checkpoints import Checkpoints
 from gptjax.train.optimizers import Lengths, evaluation_params
 from gptjax.train.run import named_leaves
+from gptjax.train.state import TrainState
 from gptjax.train.step import abstract_state
 
 # A schedule's lengths don't change the shape of any state.
 _ANY_LENGTHS = Lengths(total=1, warmup=0, decay=1)
+
+
+@dataclass(frozen=True)
+class TrainedParams:
+    """The parameters of a run, without its tokenizer."""
+
+    config: Config
+    params: Any  # those to evaluate with: the average where the run keeps one
+    step: int
+    metadata: dict[str, Any]  # what was saved with the checkpoint
 
 
 @dataclass(frozen=True)
@@ -41,16 +53,35 @@ def load_run(
 
     Nothing in the folder is changed, so a live run is not disturbed. Raises `UserError` where there is none.
     """
+    found = load_params(workdir, log, step, config)
+    return TrainedModel(found.config, found.params, load_tokenizer(workdir / "tokenizer"), found.step)
+
+
+def load_params(
+    workdir: pathlib.Path, log: Callable[[str], None], step: int | None = None, config: Config | None = None
+) -> TrainedParams:
+    """As `load_run`, of a folder that may have no tokenizer. Of the state, only what evaluation needs is read."""
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is not a run's folder: it has no config.json.")
     config = config or config_lib.from_json(workdir / "config.json")
     mesh = make_mesh(config.mesh)
     with Checkpoints(workdir / "checkpoints", config.checkpoint, log, read_only=True) as checkpoints:
-        restored = checkpoints.restore(abstract_state(config, _ANY_LENGTHS, mesh), step)
+        restored = checkpoints.restore(_needed(config, abstract_state(config, _ANY_LENGTHS, mesh)), step, partial=True)
     if restored is None:
         raise UserError(f"{workdir} has no checkpoint yet.")
     params = evaluation_params(config.optimizer, restored.state)
-    return TrainedModel(config, params, load_tokenizer(workdir / "tokenizer"), restored.step)
+    return TrainedParams(config, params, restored.step, restored.metadata)
+
+
+def _needed(config: Config, state: TrainState) -> TrainState:
+    """The part of a state that `evaluation_params` looks at; a converted model's checkpoint holds no more."""
+    needed: dict[str, Any] = {"params": state.params}
+    if state.ema_params is not None:
+        needed = {"ema_params": state.ema_params}
+    elif config.optimizer.name == "schedule_free_adamw":
+        needed["opt_state"] = state.opt_state
+    fields: dict[str, Any] = {field.name: needed.get(field.name) for field in dataclasses.fields(TrainState)}
+    return TrainState(**fields)
 
 
 def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None]) -> Any:
@@ -63,7 +94,7 @@ def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None]) -> An
     folder = pathlib.Path(config.init_from)
     if not (folder / "config.json").is_file():
         raise UserError(f"init_from={folder} is neither a run's folder nor a Hugging Face folder: it has no config.json.")
-    params = load_run(folder, log).params if (folder / "checkpoints").is_dir() else huggingface.load(folder)[1]
+    params = load_params(folder, log).params if (folder / "checkpoints").is_dir() else huggingface.load(folder)[1]
     wanted = abstract_state(config, _ANY_LENGTHS, mesh).params
     _check_fit(folder, params, wanted)
     log(f"initial parameters from {folder}.")

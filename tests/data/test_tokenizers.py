@@ -222,6 +222,100 @@ def test_ids_outside_the_vocabulary_are_refused():
     assert tokenizers.ByteTokenizer().decode([65, 256, 0xE4, 0xB8]) == "A\ufffd"
 
 
+def check_vocabulary(tokenizer: tokenizers.Tokenizer, seed: int = 0) -> None:
+    """The bytes of ids drawn at random, joined, are what decoding gives behind other text; each has as many as are counted."""
+    vocabulary = tokenizer.vocabulary()
+    assert len(vocabulary) == tokenizer.vocab_size
+    assert tokenizer.token_bytes().tolist() == [len(piece or b"") for piece in vocabulary]
+    begin = tokenizer.encode("a").tolist()  # a space in front of a whole text, where one is put, is not asked about here
+    written = [i for i, piece in enumerate(vocabulary) if piece]
+    whole = [i for i in written if vocabulary[i].decode(errors="replace").find("\ufffd") < 0]
+    numbers = np.random.default_rng(seed)
+    before = tokenizer.decode(begin)
+    compared = 0
+    for _ in range(300):
+        ids = [int(i) for i in numbers.choice(written if numbers.random() < 0.3 else whole, 5)]
+        try:
+            text = b"".join(vocabulary[i] for i in ids).decode()
+        except UnicodeDecodeError:
+            continue
+        compared += 1
+        assert tokenizer.decode(begin + ids) == before + text, ids
+    assert compared > 100
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "sentencepiece", "gpt2", "huggingface"])
+def test_vocabulary(kind, request, trained):
+    makers = {
+        "byte": tokenizers.ByteTokenizer,
+        "char": lambda: tokenizers.CharTokenizer("hae é\n中"),
+        "sentencepiece": lambda: trained,
+    }
+    check_vocabulary(makers[kind]() if kind in makers else request.getfixturevalue(kind))
+
+
+@pytest.mark.parametrize("name", ["test_model.model", "test_ja_model.model"])
+def test_vocabulary_of_foreign_sentencepiece(name, shared_data):
+    path = shared_data / "sentencepiece" / name
+    check_vocabulary(tokenizers.make_tokenizer(DataConfig(tokenizer="sentencepiece", tokenizer_path=str(path)), {}))
+
+
+def metaspace_tokenizer(package, decoder):
+    """Pieces of Llama's kind: a space is U+2581, other bytes are <0x41>, and some tokens are added."""
+    names = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "é", "\u2581a", "ab", "中"]
+    vocab = {name: i for i, name in enumerate(names)}
+    made = package.Tokenizer(
+        package.models.BPE(vocab=vocab, merges=[("\u2581", "a"), ("a", "b")], byte_fallback=True, unk_token="<unk>")
+    )
+    made.normalizer = package.normalizers.Sequence(
+        [package.normalizers.Prepend("\u2581"), package.normalizers.Replace(" ", "\u2581")]
+    )
+    made.add_special_tokens(["<unk>", "</s>"])
+    made.add_tokens([package.AddedToken("  x", normalized=False), "é\u2581", "<tag>"])
+    made.decoder = decoder
+    return tokenizers.HuggingFaceTokenizer(made.to_str().encode())
+
+
+def test_vocabulary_of_huggingface_decoders():
+    package = pytest.importorskip("tokenizers", reason="extra: huggingface")
+    decoders = package.decoders
+    llama = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    for decoder in (llama, decoders.Metaspace(), decoders.Sequence([decoders.Metaspace(prepend_scheme="never")])):
+        check_vocabulary(metaspace_tokenizer(package, decoder))
+    tokenizer = metaspace_tokenizer(package, llama)
+    assert tokenizer.vocabulary()[:4] == [None, None, b"\x00", b"\x01"]
+    assert tokenizer.vocabulary()[-3:] == [b"  x", b" \xc3\xa9 ", b" <tag>"]
+    bytewise = package.Tokenizer(
+        package.models.BPE(vocab={piece: i for i, piece in enumerate(package.pre_tokenizers.ByteLevel.alphabet())}, merges=[])
+    )
+    bytewise.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    bytewise.add_tokens(["   ", "éa", "中", "<tag>"])  # é is how that decoder writes the byte E9
+    tokenizer = tokenizers.HuggingFaceTokenizer(bytewise.to_str().encode())
+    assert tokenizer.vocabulary()[256:] == [b"   ", b"\xe9a", "中".encode(), b"<tag>"]
+    check_vocabulary(tokenizer)
+
+
+def test_pieces_without_bytes_of_their_own_are_refused():
+    package = pytest.importorskip("tokenizers", reason="extra: huggingface")
+    made = package.Tokenizer(package.models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    for decoder, name in ((None, "null"), (package.decoders.WordPiece(), "WordPiece")):
+        if decoder:
+            made.decoder = decoder
+        tokenizer = tokenizers.HuggingFaceTokenizer(made.to_str().encode())
+        with pytest.raises(UserError, match=f"joins its pieces by the decoder {name}, "):
+            tokenizer.vocabulary()
+        assert tokenizer.token_bytes().shape == (3,)
+
+
+def test_ids_by_name(trained, huggingface, gpt2):
+    for tokenizer, name, i in ((trained, "</s>", 2), (huggingface, "<|endoftext|>", 50256), (gpt2, "<|endoftext|>", 50256)):
+        assert tokenizer.token_id(name) == i and tokenizer.token_id("<|no such thing|>") is None
+    assert tokenizers.ByteTokenizer().token_id("a") is None
+
+
 @pytest.mark.parametrize("kind", ["byte", "char", "sentencepiece", "gpt2", "huggingface"])
 def test_save_and_load(kind, tmp_path, request, trained):
     makers = {

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gptjax.config import ModelConfig, UserError
-from gptjax.interop.huggingface import load
+from gptjax.config import ModelConfig, UserError, from_dict
+from gptjax.interop.huggingface import architecture_for, load, open_folder
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
@@ -41,6 +41,39 @@ LLAMA = {
     "rope_theta": 500.0,
     "tie_word_embeddings": False,
 }
+
+
+QWEN2 = LLAMA | {"model_type": "qwen2"}
+NEOX = {
+    "model_type": "gpt_neox",
+    "vocab_size": 11,
+    "num_hidden_layers": 2,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 6,
+    "rotary_pct": 0.5,
+    "rotary_emb_base": 700,
+}
+
+
+def neox_shapes() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"gpt_neox.embed_in.weight": (11, 8), "embed_out.weight": (11, 8)}
+    for name in (
+        "gpt_neox.final_layer_norm",
+        *(f"gpt_neox.layers.{i}.{n}_layernorm" for i in (0, 1) for n in ("input", "post_attention")),
+    ):
+        shapes |= {f"{name}.weight": (8,), f"{name}.bias": (8,)}
+    block = {
+        "attention.query_key_value": (24, 8),
+        "attention.dense": (8, 8),
+        "mlp.dense_h_to_4h": (12, 8),
+        "mlp.dense_4h_to_h": (8, 12),
+    }
+    for layer in range(2):
+        for name, shape in block.items():
+            shapes |= {f"gpt_neox.layers.{layer}.{name}.weight": shape, f"gpt_neox.layers.{layer}.{name}.bias": shape[:1]}
+    return shapes
 
 
 def gpt2_shapes() -> dict[str, tuple[int, ...]]:
@@ -123,6 +156,90 @@ def test_llama_lands_in_our_layout(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(params["head"], tensors["lm_head.weight"].T)
 
 
+def test_neox_interleaves_query_key_and_value_head_by_head(tmp_path: pathlib.Path) -> None:
+    tensors = random_tensors(neox_shapes())
+    knobs, params = load(write(tmp_path, NEOX, tensors))
+    config = ModelConfig(**knobs)
+    assert (config.block, config.rotary_fraction, config.rope_base, config.activation) == ("parallel", 0.5, 700.0, "gelu")
+    fused, attention = tensors["gpt_neox.layers.1.attention.query_key_value.weight"], params["layers"]["attention"]
+    for head in range(2):
+        for part, name in enumerate(("query", "key", "value")):
+            rows = slice(12 * head + 4 * part, 12 * head + 4 * part + 4)
+            np.testing.assert_array_equal(attention[name]["kernel"][1, :, head], fused[rows].T)
+            bias = tensors["gpt_neox.layers.1.attention.query_key_value.bias"][rows]
+            np.testing.assert_array_equal(attention[name]["bias"][1, head], bias)
+
+
+def knobs_of(tmp_path: pathlib.Path, config: dict[str, Any]) -> ModelConfig:
+    """Without reading a tensor."""
+    return open_folder(write(tmp_path, config, {"x": ZEROS})).config().model
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 3}}, {"rope_scaling": "linear", "rope_scaling_factor": 3.0}),
+        (LLAMA | {"rope_scaling": {"rope_type": "default"}}, {"rope_scaling": "none", "rope_base": 500.0}),
+        (
+            LLAMA | {"head_dim": 4, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            {"rope_scaling": "dynamic", "rope_original_max_seq_len": 6},
+        ),
+        (  # DeepSeek's: (0.1 * 2 * ln 4 + 1) / (0.1 * ln 4 + 1)
+            LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4, "mscale": 2.0, "mscale_all_dim": 1.0}},
+            {"rope_attention_factor": pytest.approx(1.27725887 / 1.13862944), "rope_original_max_seq_len": 6},
+        ),
+        (
+            LLAMA | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 9.0, "original_max_position_embeddings": 3}},
+            {"rope_base": 9.0, "rope_scaling_factor": 2.0, "rope_original_max_seq_len": 3, "rope_attention_factor": 0.0},
+        ),
+        (LLAMA | {"model_type": "mistral", "sliding_window": None}, {"attention_window": 0, "attention_bias": False}),
+        (LLAMA | {"model_type": "mistral"}, {"attention_window": 4096}),
+        (QWEN2, {"attention_window": 0, "attention_bias": True, "attention_output_bias": False}),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}, {"attention_window": 0}),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, {"attention_window": 5}),
+        (LLAMA | {"model_type": "qwen3"}, {"head_dim": 128, "query_key_norm": True, "attention_bias": False}),
+        (NEOX | {"use_parallel_residual": False}, {"block": "serial", "num_kv_heads": 2, "tied_embeddings": False}),
+    ],
+)  # fmt: skip
+def test_knobs(tmp_path: pathlib.Path, config: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = knobs_of(tmp_path, config)
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("config", [GPT2, NEOX, LLAMA, QWEN2, LLAMA | {"model_type": "qwen3"}, LLAMA | {"model_type": "mistral"}])
+def test_the_architecture_of_a_config_is_found_again(tmp_path: pathlib.Path, config: dict[str, Any]) -> None:
+    kind = config["model_type"]
+    assert architecture_for(knobs_of(tmp_path, config)) == kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"position": "none"}, r"nearest, gpt2, cannot do model.position='none' \(it has 'learned'\)"),
+        ({"norm": "rmsnorm"}, "nearest, gpt2, cannot do model.norm='rmsnorm'"),
+        ({"attention_softcap": 5.0}, "nearest, gpt2, cannot do model.attention_softcap=5.0"),
+        ({"num_experts": 4}, "nearest, gpt2, cannot do model.num_experts=4"),
+        (
+            {"model_dim": 30, "head_dim": 5, "attention_softcap": 5.0},
+            "with its model.model_dim=30, model.num_heads=4, model.head_dim=5",
+        ),
+        ({"block": "parallel"}, "nearest, gpt2, cannot do model.block='parallel'"),
+        (
+            {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "query_key_norm": True},
+            "llama, cannot do model.query_key_norm",
+        ),
+        (
+            {"position": "rotary", "rotary_fraction": 0.5, "query_key_norm": True},
+            "nearest, gpt_neox, cannot do model.query_key_norm=True",
+        ),
+    ],
+)
+def test_a_model_that_no_architecture_expresses_is_refused_by_its_knob(changes: dict[str, Any], named: str) -> None:
+    values = {"model": {"vocab_size": 7, **changes}, "data": {"seq_len": 1}, "train": {"duration_steps": 1}}
+    with pytest.raises(UserError, match=named):
+        architecture_for(from_dict(values).model)
+
+
 def test_without_prefix_with_buffers_and_a_tied_head(tmp_path: pathlib.Path) -> None:
     tensors = random_tensors(gpt2_shapes())
     expected = load(write(tmp_path / "plain", GPT2, tensors))
@@ -155,10 +272,16 @@ def test_shards(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
-def test_other_float_types_become_float32(tmp_path: pathlib.Path, dtype: Any) -> None:
+def test_bfloat16_stays_and_other_float_types_become_float32(tmp_path: pathlib.Path, dtype: Any) -> None:
     tensors = {name: tensor.astype(dtype) for name, tensor in random_tensors(gpt2_shapes()).items()}
     rounded = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
-    assert_same(load(write(tmp_path / "a", GPT2, tensors))[1], load(write(tmp_path / "b", GPT2, rounded))[1])
+    knobs, params = load(write(tmp_path / "a", GPT2, tensors))
+    expected = "bfloat16" if dtype == ml_dtypes.bfloat16 else "float32"
+    assert knobs["param_dtype"] == expected and {str(leaf.dtype) for leaf in leaves(params).values()} == {expected}
+    assert_same(
+        {path: leaf.astype(np.float32) for path, leaf in leaves(params).items()},
+        leaves(load(write(tmp_path / "b", GPT2, rounded))[1]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,13 +312,20 @@ def test_a_tensor_missing_left_over_or_misshapen_is_named(
         (GPT2 | {"scale_attn_weights": False}, "scale_attn_weights=False"),
         (GPT2 | {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True"),
         (GPT2 | {"activation_function": "tanh"}, "activation_function='tanh'"),
-        (GPT2 | {"model_type": "bloom"}, "'bloom' is not known; known are gpt2, llama"),
+        (GPT2 | {"model_type": "bloom"}, "'bloom' is not known; known are gpt2, gpt_neox, llama, mistral, qwen2, qwen3"),
+        (GPT2 | {"layer_norm_epsilon": []}, r"norm_epsilon=\[\] must be a number"),
         (GPT2 | {"n_layer": "two"}, "num_layers='two'"),
         (GPT2 | {"n_head": 3}, "num_heads=3 does not divide"),
         ({key: value for key, value in GPT2.items() if key != "n_embd"}, "no 'n_embd'"),
-        (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling="),
-        (LLAMA | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters="),
+        (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling=.* has no 'low_freq_factor'"),
+        (LLAMA | {"rope_scaling": {"type": "longrope", "factor": 8.0}}, "rope_scaling=.* asks for rope_type 'longrope'"),
+        (LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}}, "rope_parameters=.* has 'mscale'"),
+        (LLAMA | {"rope_parameters": {"rope_type": "yarn", "factor": "8"}}, "rope_scaling_factor='8' must be a number"),
+        (LLAMA | {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": "8"}}, "value of the wrong kind"),
+        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not of this architecture"),
         (LLAMA | {"sliding_window": 4096}, "sliding_window=4096"),
+        (QWEN2 | {"use_sliding_window": True, "max_window_layers": 1}, "max_window_layers=1 gives some layers a sliding window"),
+        (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.* gives some layers"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config="),
     ],
 )
@@ -214,6 +344,38 @@ def test_rope_base_of_newer_files(tmp_path: pathlib.Path) -> None:
     config = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 700.0}
     assert load(write(tmp_path, config, random_tensors(llama_shapes())))[0]["rope_base"] == 700.0
+
+
+def broken(content: bytes, change: str) -> bytes:
+    length = int.from_bytes(content[:8], "little")
+    return {
+        "truncated": content[:-5],
+        "cut in its header": content[:40],
+        "empty": b"",
+        "a length beyond the file": (10**9).to_bytes(8, "little") + content[8:],
+        "no JSON": content[:8] + b"?" * length + content[8 + length :],
+        "another size": content.replace(b'"shape":[11,8]', b'"shape":[11,9]'),
+        "a negative size": content.replace(b'"shape":[11,8]', b'"shape":[-1,8]'),
+    }[change]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("truncated", r"model.safetensors is truncated: its tensor \S+ ends at byte"),
+        ("cut in its header", "header's length of"),
+        ("empty", "header's length of 0 bytes, but the file has 0"),
+        ("a length beyond the file", "header's length of 1000000000 bytes, but the file has"),
+        ("no JSON", r"its header is damaged"),
+        ("another size", r"\(11, 9\) of type F32 takes 396 bytes, not 352"),
+        ("a negative size", "makes no sense"),
+    ],
+)
+def test_a_damaged_file_is_refused_before_anything_is_read(tmp_path: pathlib.Path, change: str, named: str) -> None:
+    path = write(tmp_path, GPT2, random_tensors(gpt2_shapes())) / "model.safetensors"
+    path.write_bytes(broken(path.read_bytes(), change))
+    with pytest.raises(UserError, match=named):
+        load(tmp_path)
 
 
 def test_folders_that_hold_no_model(tmp_path: pathlib.Path) -> None:

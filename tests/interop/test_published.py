@@ -11,9 +11,8 @@ import pytest
 from gptjax.config import ModelConfig
 from gptjax.generate.decode import generate_tokens
 from gptjax.generate.settings import GenerationConfig
-from gptjax.interop import huggingface
+from gptjax.interop import huggingface, llama2c
 from gptjax.model.decoder import Decoder
-from tests import llama2c
 
 
 def test_tiny_random_gpt2_continues_as_published(shared_data: pathlib.Path) -> None:
@@ -35,7 +34,9 @@ def test_tiny_random_gpt2_continues_as_published(shared_data: pathlib.Path) -> N
 
 @pytest.mark.parametrize("name", ["stories260K.bin", "checkpoint_v1.bin"])
 def test_stories_logits_equal_the_reference(shared_data: pathlib.Path, name: str) -> None:
-    config, params = llama2c.read_model(shared_data / "stories260K" / name)
+    model = llama2c.open_file(shared_data / "stories260K" / name)
+    config = model.config().model
+    params = model.read(config)
     with np.load(shared_data / "stories260K" / "ref_logits_numpy_fp.npz") as reference:
         tokens, expected = reference["tokens"], reference["logits"]
     logits, _ = Decoder(config).apply({"params": params}, tokens[None, : len(expected)])
@@ -45,9 +46,12 @@ def test_stories_logits_equal_the_reference(shared_data: pathlib.Path, name: str
 
 def test_stories_tells_its_story(shared_data: pathlib.Path) -> None:
     folder = shared_data / "stories260K"
-    config, params = llama2c.read_model(folder / "stories260K.bin")
+    model = llama2c.open_file(folder / "stories260K.bin")
+    tokenizer, _ = model.tokenizer()
+    assert tokenizer is not None and (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    config = model.config().model
     generated = generate_tokens(
-        params,
+        model.read(config),
         config,
         [[1]],
         settings=GenerationConfig(max_new_tokens=200, do_sample=False),
@@ -55,5 +59,5 @@ def test_stories_tells_its_story(shared_data: pathlib.Path) -> None:
         eos_ids=(1,),
         vocab_size=config.vocab_size,
     )
-    text = llama2c.decode(llama2c.read_pieces(folder / "tok512.bin", config.vocab_size), generated.tokens[0].tolist())
+    text = tokenizer.decode(generated.tokens[0])
     assert text.strip() == (folder / "expected_greedy_200.txt").read_text(encoding="utf-8").strip()

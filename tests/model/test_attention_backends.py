@@ -57,7 +57,7 @@ def segment_ids(batch: int, length: int) -> jax.Array:
 
 
 def value_and_gradients(config: ModelConfig, q: Any, k: Any, v: Any, g: Any, ids: Any = None) -> list[jax.Array]:
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # each of 120 programs runs once
     def both(q: Any, k: Any, v: Any, g: Any) -> Any:
         out, backward = jax.vjp(lambda q, k, v: attend(config, q, k, v, ids), q, k, v)
         return out, *backward(g)

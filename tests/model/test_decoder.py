@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 
 from gptjax.config import MeshConfig
 from gptjax.model import primitives
-from gptjax.model.attention import ATTENTION_BACKENDS
-from gptjax.model.decoder import Block, Decoder
+from gptjax.model.attention import ATTENTION_BACKENDS, Cache
+from gptjax.model.decoder import Block, Decoder, Embedding
 from gptjax.model.layers import ACTIVATIONS, Norm
 from gptjax.model.positions import rotary_angles, rotate
 from gptjax.parallel import sharding
@@ -23,7 +23,7 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.train.objectives import causal
 from gptjax.train.optimizers import parameter_path
 from gptjax.train.step import example_loss, init_params
-from tests.small import GPT2, KINDS, LLAMA, packed_row, random_batch, random_params, small, tree_close
+from tests.small import GPT2, KINDS, LLAMA, NEOX, packed_row, random_batch, random_params, small, tree_close
 
 # --- golden: float64 numpy ---------------------------------------------
 
@@ -43,12 +43,48 @@ def norm_64(model: Any, p: Any, x: np.ndarray) -> np.ndarray:
     return centred / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon) * p["scale"] + p.get("bias", 0.0)
 
 
-def rotate_64(x: np.ndarray, positions: np.ndarray, base: float) -> np.ndarray:
-    """[T, N, H]: each pair (i, i + H/2) as a complex number, turned by its angle."""
-    half = x.shape[-1] // 2
-    turn = np.exp(1j * positions[:, None] * base ** (-2 * np.arange(half) / x.shape[-1]))[:, None]
-    z = (x[..., :half] + 1j * x[..., half:]) * turn
-    return np.concatenate([z.real, z.imag], -1)
+def rotate_64(x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray, factor: float = 1.0) -> np.ndarray:
+    """[T, N, H]: each pair (i, i + R/2) as a complex number, turned by its angle; what is behind the pairs stays."""
+    half = len(frequencies)
+    turn = factor * np.exp(1j * positions[:, None] * frequencies)[:, None]
+    z = (x[..., :half] + 1j * x[..., half : 2 * half]) * turn
+    return np.concatenate([z.real, z.imag, x[..., 2 * half :]], -1)
+
+
+def frequencies_64(model: Any) -> np.ndarray:
+    """Pair by pair, from the papers: the wavelength decides what becomes of it."""
+    width = round(model.head_dim * model.rotary_fraction)
+    original, scale, base = model.rope_original_max_seq_len or model.max_seq_len, model.rope_scaling_factor, model.rope_base
+    if model.rope_scaling == "dynamic":
+        base *= (scale * model.max_seq_len / original - (scale - 1)) ** (width / (width - 2))
+    found = []
+    for i in range(width // 2):
+        frequency = base ** (-2 * i / width)
+        wavelength = 2 * math.pi / frequency
+        if model.rope_scaling == "linear":
+            frequency /= scale
+        if model.rope_scaling == "llama3":
+            low, high = original / model.rope_low_freq_factor, original / model.rope_high_freq_factor
+            if wavelength > low:
+                frequency /= scale
+            elif wavelength >= high:
+                smooth = (original / wavelength - model.rope_low_freq_factor) / (
+                    model.rope_high_freq_factor - model.rope_low_freq_factor
+                )
+                frequency = (1 - smooth) * frequency / scale + smooth * frequency
+        if model.rope_scaling == "yarn":
+            # The pair, counted in fractions, that turns so often within the original context.
+            fast, slow = (
+                width / 2 * math.log(original / (2 * math.pi * turns), base)
+                for turns in (model.rope_beta_fast, model.rope_beta_slow)
+            )
+            if model.rope_truncate:
+                fast, slow = math.floor(fast), math.ceil(slow)
+            fast, slow = max(fast, 0), min(slow, width - 1)
+            ramp = min(max((i - fast) / (slow - fast), 0), 1)
+            frequency = ramp * frequency / scale + (1 - ramp) * frequency
+        found.append(frequency)
+    return np.array(found)
 
 
 def forward_64(model: Any, params: Any, tokens: np.ndarray, positions: np.ndarray, segments: np.ndarray) -> np.ndarray:
@@ -64,8 +100,12 @@ def forward_64(model: Any, params: Any, tokens: np.ndarray, positions: np.ndarra
         q, k, v = (
             np.einsum("td,dnh->tnh", h, a[name]["kernel"]) + a[name].get("bias", 0.0) for name in ("query", "key", "value")
         )
+        if model.query_key_norm:
+            q, k = norm_64(model, a["query_norm"], q), norm_64(model, a["key_norm"], k)
         if model.position == "rotary":
-            q, k = (rotate_64(y, positions, model.rope_base) for y in (q, k))
+            factor = model.rope_attention_factor or 0.1 * math.log(model.rope_scaling_factor) + 1
+            factor = factor if model.rope_scaling == "yarn" else 1.0
+            q, k = (rotate_64(y, positions, frequencies_64(model), factor) for y in (q, k))
         mixed = np.zeros_like(q)
         for head in range(model.num_heads):
             shared = head // (model.num_heads // model.num_kv_heads)
@@ -74,9 +114,9 @@ def forward_64(model: Any, params: Any, tokens: np.ndarray, positions: np.ndarra
                 scores = k[seen, shared] @ q[t, head] / math.sqrt(model.head_dim)
                 weights = np.exp(scores - scores.max())
                 mixed[t, head] = weights / weights.sum() @ v[seen, shared]
-        x = x + np.einsum("tnh,nhd->td", mixed, a["output"]["kernel"]) + a["output"].get("bias", 0.0)
+        before, x = x, x + np.einsum("tnh,nhd->td", mixed, a["output"]["kernel"]) + a["output"].get("bias", 0.0)
         m = layer["mlp"]
-        h = norm_64(model, layer["mlp_norm"], x)
+        h = norm_64(model, layer["mlp_norm"], before if model.block == "parallel" else x)
         up = h @ m["up"]["kernel"] + m["up"].get("bias", 0.0)
         if model.gated_mlp:
             hidden = ACTIVATION_64[model.activation](h @ m["gate"]["kernel"] + m["gate"].get("bias", 0.0)) * up
@@ -94,6 +134,7 @@ def apply(config: Any, params: Any, batch: Any) -> jax.Array:
     ]
 
 
+STRETCHED = LLAMA | {"model.head_dim": 8, "model.rope_scaling_factor": 4.0, "model.rope_original_max_seq_len": 10}
 VARIANTS = {
     "gpt2": GPT2,
     "llama": LLAMA,
@@ -111,6 +152,21 @@ VARIANTS = {
         "model.rope_base": 100.0,
     },
     "relu, no positions, one key head": {"model.activation": "relu", "model.position": "none", "model.num_kv_heads": 1},
+    "parallel, half of each head rotated": NEOX,
+    "normed queries and keys, no bias on the output": LLAMA
+    | {"model.attention_bias": True, "model.attention_output_bias": False, "model.query_key_norm": True},
+    "linear": LLAMA | {"model.rope_scaling": "linear", "model.rope_scaling_factor": 3.0},
+    "dynamic": STRETCHED | {"model.rope_scaling": "dynamic"},
+    "llama3": STRETCHED | {"model.rope_scaling": "llama3", "model.rope_low_freq_factor": 0.2, "model.rope_high_freq_factor": 1.0},
+    "yarn": STRETCHED | {"model.rope_scaling": "yarn", "model.rope_beta_fast": 2.0, "model.rope_beta_slow": 0.1},
+    "yarn in fractions": STRETCHED
+    | {
+        "model.rope_scaling": "yarn",
+        "model.rope_beta_fast": 2.0,
+        "model.rope_beta_slow": 0.1,
+        "model.rope_truncate": False,
+        "model.rope_attention_factor": 1.3,
+    },
 }
 
 
@@ -168,23 +224,64 @@ def test_norms_and_their_gradients_equal_float64(norm: str, bias: bool) -> None:
         np.testing.assert_allclose(gradient_p[name][5], slope, rtol=1e-3, atol=1e-4)
 
 
+def test_bfloat16_tables_are_added_in_float32() -> None:
+    model = small(model__param_dtype="bfloat16").model
+    params = random_params(small(model__param_dtype="bfloat16"))["embed"]
+    x = Embedding(model).apply({"params": params}, jnp.array([[3, 5]]), jnp.array([[0, 1]]))
+    rows = [np.asarray(params[name], np.float32)[at] for name, at in (("tokens", [3, 5]), ("positions", [0, 1]))]
+    np.testing.assert_array_equal(x[0], rows[0] + rows[1])
+
+
 def test_rotary_equals_complex_turning_and_sees_only_distance() -> None:
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((2, 1, 9, 3, 8))
     positions = np.array([[0, 1, 2, 5, 9, 20, 100, 500, 1023]])
-    angles = rotary_angles(jnp.asarray(positions), 8, 10000.0)
-    turned = rotate(jnp.asarray(q, jnp.float32), angles)
-    np.testing.assert_allclose(turned[0], rotate_64(q[0], positions[0], 10000.0), atol=2e-4)  # 1023 radians in float32: 6e-5
+    model = small(LLAMA, model__head_dim=8).model
+    turned = rotate(jnp.asarray(q, jnp.float32), rotary_angles(jnp.asarray(positions), model))
+    expected = rotate_64(q[0], positions[0], 10000.0 ** (-np.arange(4) / 4))
+    np.testing.assert_allclose(turned[0], expected, atol=2e-4)  # 1023 radians in float32: 6e-5
     np.testing.assert_array_equal(turned[0, 0], q[0, 0].astype(np.float32))  # position 0 turns nothing
 
     def score(p: int, s: int) -> np.ndarray:
-        one = [
-            rotate(jnp.asarray(x[:, :1], jnp.float32), rotary_angles(jnp.array([[at]]), 8, 10000.0)) for x, at in ((q, p), (k, s))
-        ]
+        one = [rotate(jnp.asarray(x[:, :1], jnp.float32), rotary_angles(jnp.array([[at]]), model)) for x, at in ((q, p), (k, s))]
         return np.asarray((one[0] * one[1]).sum(-1))
 
     np.testing.assert_allclose(score(7, 3), score(107, 103), atol=1e-4)
     assert np.abs(score(7, 3) - score(7, 4)).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "knobs", [NEOX, LLAMA | {"model.query_key_norm": True, "model.rope_scaling": "linear"}], ids=["neox", "qk"]
+)
+def test_cached_logits_equal_the_uncached_with_every_knob(knobs: dict[str, Any]) -> None:
+    config = small(knobs)
+    model, params = config.model, random_params(config)
+    tokens = np.random.default_rng(1).integers(0, 23, (2, 6)).astype(np.int32)
+    expected = Decoder(model).apply({"params": params}, tokens)[0]
+    pieces, cache = [], Cache.empty(model, 2, 6)
+    for start, end in ((0, 4), (4, 5), (5, 6)):
+        positions = np.broadcast_to(np.arange(start, end, dtype=np.int32), (2, end - start))
+        logits, cache = Decoder(model).apply({"params": params}, tokens[:, start:end], positions, cache=cache)
+        pieces.append(logits)
+    np.testing.assert_allclose(np.concatenate(pieces, 1), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["block", "rotary_fraction", "query_key_norm", "rope_scaling"])
+def test_gradients_of_the_knobs_equal_differences(name: str) -> None:
+    """Along one random direction in the space of all parameters, in float32: central differences are good to a few 1e-3."""
+    changes = {
+        "block": {"model.block": "parallel"},
+        "rotary_fraction": {"model.rotary_fraction": 0.5},
+        "query_key_norm": {"model.query_key_norm": True},
+        "rope_scaling": {"model.rope_scaling": "yarn", "model.rope_scaling_factor": 4.0},
+    }[name]
+    config = small(LLAMA, changes)
+    params = random_params(config)
+    cost = jax.jit(lambda p: example_loss(config, p, causal(random_batch(config, rows=2)), None)[0])
+    direction = jax.tree.map(lambda leaf: leaf / 10, random_params(config, seed=1))
+    slope = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(jax.grad(cost)(params)), jax.tree.leaves(direction), strict=True))
+    ahead, behind = (cost(jax.tree.map(lambda p, d, s=sign: p + s * 1e-2 * d, params, direction)) for sign in (1, -1))
+    np.testing.assert_allclose(slope, (ahead - behind) / 2e-2, rtol=1e-2)
 
 
 # --- causality and packing ---------------------------------------------
@@ -289,7 +386,7 @@ def test_scan_equals_a_loop_over_blocks(kind: str) -> None:
     x = params["embed"]["tokens"][example.inputs]
     if model.position == "learned":
         x = x + params["embed"]["positions"][example.positions]
-    angles = rotary_angles(example.positions, model.head_dim, model.rope_base) if model.position == "rotary" else None
+    angles = rotary_angles(example.positions, model) if model.position == "rotary" else None
     for number in range(3):
         layer = jax.tree.map(lambda leaf, n=number: leaf[n], params["layers"])
         x, _ = Block(model).apply(

@@ -23,7 +23,8 @@ from gptjax.train.step import init_state, make_train_step, state_shardings, summ
 from tests.small import GPT2, LLAMA, random_batch, random_params, small
 
 DROPOUT = {"model.attention_dropout": 0.2, "model.residual_dropout": 0.1}
-WINDOWED = LLAMA | {"model.attention_window": 9, "model.attention_softcap": 2.0}
+WINDOWED = LLAMA | {"model.attention_window": 9, "model.attention_softcap": 2.0, "model.block": "parallel"}
+WINDOWED |= {"model.query_key_norm": True, "model.rotary_fraction": 0.5, "model.rope_scaling": "linear"}
 SIZES = {"model.max_seq_len": 64, "data.seq_len": 32}
 # name: (knobs, meshes that are held against one device); the first of them also trains.
 RUNS: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = {

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from gptjax import cli
 from gptjax.parallel.mesh import make_mesh
-from gptjax.plan import hlo, report
+from gptjax.plan import hlo, report, roofline
 from gptjax.plan.chips import parse_topology
 from gptjax.plan.compiled import Compiled, compile_step, find_devices, prepare
 from gptjax.plan.search import search
@@ -70,6 +70,15 @@ def flops() -> dict[str, float]:
     }
 
 
+def experts() -> dict[str, Any]:
+    """A mixture with more places than choices, its layers computed again, over expert and fsdp."""
+    sizes = {"model.num_experts": 8, "model.expert_mlp_dim": 64, "model.num_shared_experts": 1, "model.model_dim": 32}
+    knobs = {"model.expert_capacity_factor": 1.5, "model.remat": "full", "data.batch_size": 16, "objective.loss_chunk": 1000}
+    config = small(LLAMA | {"model.mlp_dim": 0}, sizes, knobs, mesh__data=2, mesh__expert=2, mesh__fsdp=2)
+    program = hlo.parse(compile_step(config, find_devices(parse_topology(CPU)), on_cpu=False).text)
+    return {"formula": roofline.flops_by_formula(config), "compiler": 8 * program.matmul_flops()}
+
+
 def memory() -> dict[str, Any]:
     """The plan's sizes, against the bytes of a state that is really laid over the devices, and against the compiled program's."""
     config = small(LLAMA, mesh__fsdp=2, mesh__tensor=2, mesh__data=2, model__num_layers=1)
@@ -120,6 +129,7 @@ if __name__ == "__main__":
     found = {
         "known": known_program(),
         "flops": flops(),
+        "experts": experts(),
         "memory": memory(),
         "too_big": command(where),
         "search": searched(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,17 +14,21 @@ import pytest
 
 from gptjax import cli
 from gptjax.config import UserError
+from gptjax.parallel.mesh import abstract_mesh
 from gptjax.plan import hlo, roofline
+from gptjax.plan import search as search_lib
 from gptjax.plan.chips import GIB, parse_topology
-from gptjax.plan.memory import estimate_over
-from tests.small import small
+from gptjax.plan.memory import estimate, estimate_over, saved_elements
+from gptjax.recipes import load_recipe
+from tests.small import LLAMA, small
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
 def run(*words: str, seconds: int = 600) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # machine code is never read, and little of it is run
+    # Machine code is never read, and little of it is run.
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
     command = [sys.executable, "-W", "error", *words]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=seconds)
 
@@ -256,11 +261,75 @@ def test_estimate_without_a_compiler_by_hand():
     assert dict(mesh.shape)["fsdp"] == 2
     assert parts["parameters"] == held and parts["gradients"] == held
     assert parts["optimizer"] == 2 * held + 6 * 4  # two moments; two counts, step, seed, non-finite steps twice
+    assert parts["rounded"] == 0  # products take float32 as it is
     assert parts["saved activations"] == 2 * 16 * 8 * 4  # rows, tokens, width, float32
-    scores, weights = 2 * 2 * 16 * 16, 4 * 8 * 8 + 2 * 8 * 32
-    layer = scores * 12 + 2 * 16 * (2 * 64 + 4 * 8) * 4 + weights * 8
+    # Four residual vectors, four arrays of the MLP (more than 12 bytes of each of 2 * 2 * 16 * 16 scores, or 4 * 4 of attention),
+    # gathered weights and their gradient.
+    layer = 2 * 16 * (4 * 8 + 4 * 32) * 4 + (4 * 8 * 8 + 2 * 8 * 32) * 8
     assert parts["working set"] == layer
     assert parts["total"] == sum(size for name, size in parts.items() if name != "total")
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m.v5e-2x2", "llama_7b.v5p-4x4x4", "gpt3_175b.v5p-8x8x16"])
+def test_estimate_is_near_the_compiled_programs(name):
+    """Of experiments/plans; `--search` leaves out what the estimate says does not fit."""
+    compiled = json.loads((REPOSITORY / "experiments" / "plans" / f"{name}.json").read_text())
+    config = load_recipe(str(REPOSITORY / "configs" / f"{name.partition('.')[0]}.py"))
+    _, parts = estimate_over(config, compiled["devices"], "tpu")
+    assert parts["total"] == pytest.approx(compiled["memory"]["total"], rel=0.1)
+
+
+EXPERTS = {"model.num_experts": 8, "model.expert_mlp_dim": 24, "model.num_shared_experts": 1, "model.gated_mlp": True}
+
+
+def test_estimate_of_experts_by_hand():
+    """D 16, 8 experts of 24 and a shared one, 2 a token, T 12, rows of 2 on each of 4 devices: expert 2 by tensor 2."""
+    config = small(EXPERTS, model__expert_capacity_factor=1.5, model__remat="dots", mesh__data=1, mesh__expert=2, mesh__tensor=2)
+    mesh = abstract_mesh(config.mesh, 4)
+    places = 8 * 5 / 12  # ceil(1.5 * 12 * 2 / 8) places an expert, for 12 tokens
+    hidden = (places + 1) * 24 / 2
+    # Input and logits; queries, keys, values (4 heads of 4 over 2); attention's output; up and gate; what experts return.
+    assert saved_elements(config, mesh, "gpu") == pytest.approx(16 + 8 + 3 * 8 + 16 + 2 * hidden + places * 16)
+    dropless = dataclasses.replace(config, model=dataclasses.replace(config.model, expert_capacity_factor=0.0, remat="none"))
+    places = 2 * 2  # over 2 parts, each with room for both choices of every token
+    hidden = (places + 1) * 24 / 2
+    again = 2 * 16 + 8 + 2 * hidden + 2 * places * 16  # norms' results, attention's, act(gate) and its product, places twice more
+    saved = 16 + 8 + 3 * 8 + 16 + 2 * hidden + places * 16 + again
+    assert saved_elements(dropless, mesh, "gpu") == pytest.approx(saved)
+    whole = small(EXPERTS, model__expert_capacity_factor=1.5, mesh__data=4)
+    spared = estimate_over(whole, 4)[1]["parameters"] - estimate(config, mesh)["parameters"]
+    assert spared > 2 * 8 * (3 * 16 * 24) * 4 * 3 / 4  # of two layers' experts a fourth lies on each device
+
+
+def test_experts_flops_are_those_of_the_compiled_program(found):
+    """Places are multiplied, filled or not, and again with remat; so are the router's and all other products."""
+    experts = found["experts"]
+    assert experts["formula"]["empty"] > 0.1 * experts["formula"]["executed"]
+    assert experts["formula"]["recomputed"] > 0.1 * experts["formula"]["executed"]
+    assert experts["compiler"] == pytest.approx(experts["formula"]["executed"], rel=0.01)
+
+
+def test_search_compiles_what_may_fit_and_lists_only_what_fits(monkeypatch):
+    """The estimate is 10 % above the limit for one micro-batch, and far above it without remat."""
+    config = small(LLAMA, data__batch_size=16, train__duration_steps=1)
+    compiled = []
+
+    def estimated(candidate, devices, platform):
+        assert platform == "tpu"
+        size = {"full": 0.5, "dots": 1.1, "none": 3.0}[candidate.model.remat]
+        return abstract_mesh(candidate.mesh, devices), {"total": size * 16 * GIB}
+
+    def planned(candidate, topology, **options):
+        compiled.append(candidate.model.remat)
+        return {"fits": True, "memory": {"total": 15 * GIB}, "tokens_per_second": {"in_turn": 1.0}}
+
+    monkeypatch.setattr(search_lib.memory, "estimate_over", estimated)
+    monkeypatch.setattr(search_lib, "plan", planned)
+    monkeypatch.setattr(search_lib, "quick_seconds", lambda candidate, *_: 2.0 if candidate.model.remat == "full" else 1.0)
+    rows = search_lib.search(config, parse_topology("v5e:2x2"), compile_best=2)
+    assert compiled == ["dots", "dots"]
+    assert [row["knobs"]["model.remat"] for row in rows[:3]] == ["dots", "dots", "full"]
+    assert {row["knobs"]["model.remat"] for row in rows[2:]} == {"full"}
 
 
 def test_recomputed_flops_by_hand():
@@ -270,6 +339,16 @@ def test_recomputed_flops_by_hand():
     attention = 4 * 12 * 8
     found = {remat: roofline.recomputed_flops_per_token(model, 12) for remat, model in by_remat.items()}
     assert found == {"none": 0, "dots": 3 * attention, "full": 3 * (attention + 2 * 4 * 8 * 8 + 2 * 8 * 32)}
+
+
+def test_places_of_experts_by_hand():
+    """8 experts of 24, 2 a token, 12 tokens: a factor of 1.5 is 4.5 places, so 5; a factor of 0.5 is 1.5, so 2."""
+    models = {factor: small(EXPERTS, model__expert_capacity_factor=factor).model for factor in (0.0, 0.5, 1.5)}
+    places = {factor: roofline.expert_places(model, 12) for factor, model in models.items()}
+    assert places == {0.0: 2, 0.5: 8 * 2 / 12, 1.5: 8 * 5 / 12}
+    one = 6 * 2 * 3 * 16 * 24  # two layers of three matrices
+    empty = {factor: roofline.empty_flops_per_token(model, 12) for factor, model in models.items()}
+    assert empty == pytest.approx({0.0: 0, 0.5: one * (16 / 12 - 2), 1.5: one * (40 / 12 - 2)})
 
 
 class Place:

@@ -123,6 +123,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(text_file, undisturbed, tmp_path, mon
     assert rows_without_clock(tmp_path) == rows_without_clock(undisturbed[0])
 
 
+@pytest.mark.parametrize(
+    ("processes", "error", "after"),
+    [(2, ValueError, signal.SIG_IGN), (1, ValueError, signal.SIG_DFL), (2, loop.Interrupted, signal.SIG_DFL)],
+)
+def test_a_process_of_several_that_failed_hears_no_sigterm_until_it_has_said_why(monkeypatch, processes, error, after):
+    monkeypatch.setattr(loop.hosts, "process_count", lambda: processes)
+    with pytest.raises(error), loop.StopSignals():
+        raise error(15, 3)
+    assert signal.signal(signal.SIGTERM, signal.SIG_DFL) == after
+
+
 def test_a_run_that_lost_its_last_checkpoint_repeats_the_same_steps(text_file, undisturbed, tmp_path, monkeypatch, capsys):
     stop_after(monkeypatch, 10, signal.SIGTERM)
     with pytest.raises(loop.Interrupted):
