@@ -22,42 +22,47 @@ def load_recipe(spec: str, overrides: Sequence[str] = ()) -> Config:
 
     A `config.json` of a run's folder is taken too, so that any run can be started again elsewhere.
     """
-    path, _, argument = spec.partition(":")
-    if path.endswith(".json"):
-        values = ml_collections.ConfigDict(to_dict(underived(from_json(pathlib.Path(path)))))
-    else:
-        values = _call_recipe(pathlib.Path(path), argument)
+    values = recipe_values(spec)
     for override in overrides:
         apply_override(values, override)
     return from_dict(values)
 
 
-def _call_recipe(path: pathlib.Path, argument: str) -> ml_collections.ConfigDict:
-    if not path.is_file():
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], n=1
-        )
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "."
-        raise UserError(f"the recipe {path} does not exist{hint}")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"the recipe {path} is not a Python file.")
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"the recipe {path} has no function get_config.")
-        values = module.get_config(argument) if argument else module.get_config()
-    except UserError:
-        raise
-    except Exception as error:  # a recipe is somebody's program: whatever it raises, the answer is one sentence
-        raise UserError(f"the recipe {path} {_recipe_failure(path, error)}") from error
+def recipe_values(spec: str) -> ml_collections.ConfigDict:
+    """What `FILE.py[:ARG]` or a `config.json` says, not yet checked, for overrides to be laid over it."""
+    path, _, argument = spec.partition(":")
+    if path.endswith(".json"):
+        return ml_collections.ConfigDict(to_dict(underived(from_json(pathlib.Path(path)))))
+    values = call_file(pathlib.Path(path), "get_config", argument, "recipe")
     if not isinstance(values, ml_collections.ConfigDict):
         raise UserError(f"get_config of the recipe {path} must return a ConfigDict, not {type(values).__name__}.")
     return values
 
 
-def _recipe_failure(path: pathlib.Path, error: Exception) -> str:
+def call_file(path: pathlib.Path, function: str, argument: str, kind: str) -> Any:
+    """What `function` of a Python file returns; `kind` is what the file is called in the sentence that says why it fails."""
+    if not path.is_file():
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], n=1
+        )
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "."
+        raise UserError(f"the {kind} {path} does not exist{hint}")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"the {kind} {path} is not a Python file.")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, function):
+            raise UserError(f"the {kind} {path} has no function {function}.")
+        return getattr(module, function)(argument) if argument else getattr(module, function)()
+    except UserError:
+        raise
+    except Exception as error:  # it is somebody's program: whatever it raises, the answer is one sentence
+        raise UserError(f"the {kind} {path} {_failure(path, error)}") from error
+
+
+def _failure(path: pathlib.Path, error: Exception) -> str:
     unknown = re.match(r'\W*Key "([^"]*)" does not exist', str(error))  # ConfigDict's, which goes on to print itself
     if unknown:
         near = re.search(r'Did you mean "([^"]*)"', str(error))
@@ -75,13 +80,23 @@ def apply_override(values: ml_collections.ConfigDict, override: str) -> None:
     if not equals:
         raise UserError(f"the override {override!r} has no value; write --config.{key}=VALUE.")
     expected = _declared_type(key)
+    _lay(values, key, _parse(key, text, expected))
+
+
+def apply_value(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
+    """Lays a value that is no text over the dotted `key`. Raises `UserError` for an unknown key; `from_dict` checks the type."""
+    _declared_type(key)
+    _lay(values, key, value)
+
+
+def _lay(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
     *groups, leaf = key.split(".")
     for group in groups:
         if not isinstance(values.get(group), ml_collections.ConfigDict):
             raise UserError(f"the recipe's config has no group {group} to lay {key} over; start from gptjax.config.defaults().")
         values = values[group]
     with values.ignore_type(), values.unlocked():
-        values[leaf] = _parse(key, text, expected)
+        values[leaf] = value
 
 
 def _declared_type(key: str) -> Any:

@@ -93,6 +93,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "gptjax.interop": ("gptjax.config", "gptjax.data.tokenizers", "gptjax.model", "gptjax.parallel", "gptjax.interop"),
     "gptjax.plan": ("gptjax.config", "gptjax.model", "gptjax.parallel", "gptjax.train", "gptjax.plan"),
+    "gptjax.sweeps": (
+        "gptjax.config",
+        "gptjax.recipes",
+        "gptjax.sweeps",
+        "gptjax.train.metrics",
+        "gptjax.train.run",
+    ),
     "gptjax.cli": ("gptjax",),
     "gptjax.verbs": ("gptjax",),
     "gptjax.__main__": ("gptjax",),

@@ -1,0 +1,129 @@
+"""`gptjax sweep`: run the trials of a sweep file, or go on with them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+from gptjax.sweeps.definition import WHERE, Sweep, Trial, describe, load_sweep, make_trials, short_names, varying
+from gptjax.sweeps.folder import SweepFolder
+from gptjax.verbs.arguments import add_verb, count, positive, rate, required
+from gptjax.verbs.output import print_json
+
+
+def add(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "sweep",
+        run,
+        "Run the trials of a sweep file; the same command runs what is missing.",
+        """example:
+  gptjax sweep experiments/learning_rate/sweep.py --workdir=runs/learning_rate --jobs=2
+
+FILE is Python; its get_sweep() returns a gptjax.sweeps.definition.Sweep. Each trial is a run in DIR/trials/, resumed like any
+other. A failed one is recorded with why, and the rest go on; it stays failed until --retry_failed. Ctrl-C and SIGTERM have the
+trials save; a trial that outlives a killed driver is waited for by the next one. On the CPU each trial computes with --cores
+threads, whatever --jobs is, since another number of threads gives other roundings; GPUs are divided, --devices each.
+
+--where=slurm submits an array job through submitit (extra: slurm) and waits; stopping the driver leaves the jobs in the queue and
+the same command waits again; --retries is for this machine. --where=jobset prints a Kubernetes manifest for each missing trial,
+for `kubectl apply -f -`.
+
+Exit status: 0 all trials are done, 1 some are not, 75 and 130 stopped by SIGTERM and Ctrl-C.""",
+    )
+    parser.add_argument("file", metavar="FILE.py[:ARG]", help="the sweep file")
+    parser.add_argument("--workdir", metavar="DIR", help="the sweep's folder")
+    parser.add_argument("--list", action="store_true", help="print the trials and run nothing")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="trials at a time (default 1)")
+    parser.add_argument("--cores", type=positive, metavar="N", help="CPU cores of each trial (default: the sweep file's, or 1)")
+    parser.add_argument("--devices", type=positive, metavar="N", help="GPUs of each trial (default: the sweep file's, or 1)")
+    parser.add_argument("--timeout", type=rate, metavar="SECONDS", help="for one start of a trial; 0: no limit")
+    parser.add_argument("--retries", type=count, metavar="N", help="further starts of a trial that crashed or ran out of memory")
+    parser.add_argument("--retry_failed", action="store_true", help="run failed trials again, from their checkpoints")
+    parser.add_argument("--where", choices=WHERE, default="local", help="this machine (default), SLURM, Kubernetes")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    sweep = load_sweep(arguments.file)
+    trials = make_trials(sweep, arguments.overrides)
+    if arguments.list and not arguments.workdir:
+        return _list(trials, arguments.json)
+    if arguments.where == "jobset":
+        from gptjax.sweeps.jobset import manifests
+
+        print(manifests(sweep, trials, arguments.overrides, required(arguments, "workdir")), end="")
+        return 0
+    folder = SweepFolder(pathlib.Path(required(arguments, "workdir")).resolve())
+    trials = folder.settle_names(trials)
+    if arguments.list:
+        return _list(trials, arguments.json, folder)
+    return _run_here(arguments, sweep, folder, trials)
+
+
+def _list(trials: list[Trial], as_json: bool, folder: SweepFolder | None = None) -> int:
+    statuses = [folder.observed(trial.name).status if folder else "waiting" for trial in trials]
+    if as_json:
+        rows = [
+            {"name": trial.name, "hash": trial.hash, "overrides": trial.overrides, "status": status}
+            for trial, status in zip(trials, statuses, strict=True)
+        ]
+        print_json({"trials": rows})
+        return 0
+    short = short_names(set(varying([trial.overrides for trial in trials])))
+    for number, (trial, status) in enumerate(zip(trials, statuses, strict=True), 1):
+        print(f"{number:>{len(str(len(trials)))}}  {trial.hash}  {status:<7}  {describe(trial.overrides, short)}".rstrip())
+    return 0
+
+
+def _run_here(arguments: argparse.Namespace, sweep: Sweep, folder: SweepFolder, trials: list[Trial]) -> int:
+    from gptjax.sweeps.driver import Driver
+    from gptjax.sweeps.resources import divide
+    from gptjax.sweeps.table import LiveTable, as_json, read_rows
+    from gptjax.train.run import RunLock
+
+    def own(name: str) -> Any:
+        given = getattr(arguments, name)
+        return getattr(sweep, name) if given is None else given
+
+    settings = {name: own(name) for name in ("cores", "devices", "timeout", "retries")}
+    sweep = dataclasses.replace(sweep, **settings)
+    table = LiveTable(folder, arguments.jobs)
+    is_local = arguments.where == "local"
+    slots, shares = divide(arguments.jobs, sweep.cores, sweep.devices) if is_local else ([], "")
+    about = {"file": arguments.file, "recipe": sweep.recipe, "jobs": arguments.jobs, "where": arguments.where}
+    with RunLock(folder.path, table.say):
+        _check_cores(folder, sweep.cores)
+        folder.write_definition(trials, about | settings)
+        if is_local:
+            table.say(f"{len(trials)} trials, {shares}.")
+            driver = Driver(
+                folder,
+                trials,
+                slots,
+                timeout=sweep.timeout,
+                retries=sweep.retries,
+                retry_failed=arguments.retry_failed,
+                say=table.say,
+                show=table.show,
+            )
+            status = driver.run()
+        else:
+            from gptjax.sweeps.slurm import run_on_slurm
+
+            status = run_on_slurm(folder, sweep, trials, arguments.jobs, arguments.retry_failed, table)
+    table.close()
+    if arguments.json:
+        print_json({"trials": as_json(read_rows(folder)), "all_done": status == 0})
+    return status
+
+
+def _check_cores(folder: SweepFolder, cores: int) -> None:
+    """Trials of one sweep with different numbers of threads could not be compared bit for bit: say so before they are mixed."""
+    if not (folder.path / "sweep.json").exists():
+        return
+    before = folder.read_definition().get("cores", cores)
+    if before != cores:
+        print(f"the sweep's earlier trials had {before} cores each, these have {cores}: roundings differ.", file=sys.stderr)
