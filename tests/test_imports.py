@@ -41,6 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.train.restore": (
         "gptjax.config",
         "gptjax.data.tokenizers",
+        "gptjax.generate.weights",
         "gptjax.interop",
         "gptjax.parallel",
         "gptjax.train.checkpoints",

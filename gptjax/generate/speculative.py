@@ -124,11 +124,8 @@ def generate_tokens(
 def _check(
     config: ModelConfig, settings: GenerationConfig, draft: Draft | None, count: int, guides: tuple[Any, ...], on_tokens: Any
 ) -> None:
-    key = "prompt_lookup_num_tokens" if draft is None else "num_assistant_tokens"
     if count < 1:
-        raise UserError(f"{key}={count} must be at least 1 for speculative decoding.")
-    if draft is None and settings.max_matching_ngram_size < 1:
-        raise UserError(f"max_matching_ngram_size={settings.max_matching_ngram_size} must be at least 1.")
+        raise UserError(f"prompt_lookup_num_tokens={count} must be at least 1 for speculative decoding.")
     if draft is not None and settings.prompt_lookup_num_tokens:
         raise UserError(
             f"prompt_lookup_num_tokens={settings.prompt_lookup_num_tokens} and a draft model are both given; only one can draft."

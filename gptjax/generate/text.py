@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +13,19 @@ import numpy as np
 from gptjax.config import Config, UserError
 from gptjax.data.tokenizer_base import refuse_half_characters
 from gptjax.generate import strategies
-from gptjax.generate.automata import TokenAutomaton
+from gptjax.generate.automata import TokenAutomaton, token_automaton
 from gptjax.generate.chat import ChatTemplate
 from gptjax.generate.decode import Generated
+from gptjax.generate.json_schema import schema_pattern
+from gptjax.generate.patterns import compile_pattern
+from gptjax.generate.regex import parse_regex
 from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.speculative import Draft
 from gptjax.generate.stopping import language_guides, stop_guides
 from gptjax.generate.streaming import TextStream
 from gptjax.generate.timing import Speed, Stopwatch
+from gptjax.parallel.mesh import make_mesh
+from gptjax.parallel.sharding import laid_over
 
 
 class Tokenizer(Protocol):
@@ -43,7 +49,7 @@ class Model(Protocol):
     def config(self) -> Config: ...
 
     @property
-    def params(self) -> Any: ...
+    def decoding_params(self) -> Any: ...
 
     @property
     def tokenizer(self) -> Any: ...
@@ -79,13 +85,18 @@ def generate(
     stream: OnText | None = None,
     chat_template: str | None = None,
     speed: Speed | None = None,
+    regex: str | None = None,
+    json_schema: Any = None,
+    draft: Model | None = None,
     **settings: Any,
 ) -> list[Completion]:
     """Continues each of `prompts`, or the one: `gptjax.generate(model, "Once", max_new_tokens=20, temperature=0.8)`.
 
     `settings` are the fields of `GenerationConfig`. `stream` is called as `stream(number of the completion, new text)` while the
     tokens are drawn; what it was given is in the end the completion's text. `chat_template`: Jinja source in place of the
-    tokenizer's own, for prompts that are conversations. To `speed` is added what the call took.
+    tokenizer's own, for prompts that are conversations. To `speed` is added what the call took. `regex`, `json_schema`: every
+    text matches the whole expression (regex.py), or is JSON valid under the schema (json_schema.py). `draft`: a smaller model of
+    the same vocabulary, whose guesses speed the text up without changing its distribution.
 
     Returns `num_return_sequences` completions of each prompt, prompt by prompt. Raises `UserError` for what a person can mend.
     """
@@ -94,9 +105,23 @@ def generate(
     ids = [prompt_ids(model.config, model.tokenizer, prompt, chat_template) for prompt in each]
     chosen = GenerationConfig(eos_token_id=model.eos_ids).replace(**settings)
     return generate_text(
-        model.params, model.config, model.tokenizer, ids, chosen, seed=seed, on_text=stream, speed=speed,
+        model.decoding_params, model.config, model.tokenizer, ids, chosen, seed=seed, on_text=stream, speed=speed,
         texts=[prompt if isinstance(prompt, str) else None for prompt in each],
+        language=language_of(model, regex, json_schema, chosen),
+        draft=None if draft is None else (draft.decoding_params, draft.config.model),
     )  # fmt: skip
+
+
+def language_of(model: Model, regex: str | None, json_schema: Any, settings: GenerationConfig) -> TokenAutomaton | None:
+    """What the texts are to be held to; None where nothing is asked for. Raises `UserError`."""
+    if regex is None and json_schema is None:
+        return None
+    if regex is not None and json_schema is not None:
+        raise UserError("a regular expression and a JSON schema are both given; keep one.")
+    pattern = parse_regex(regex) if regex is not None else schema_pattern(json_schema)
+    eos_ids = settings.eos_ids(model.tokenizer.eos_id)
+    vocab_size = model.config.model.vocab_size
+    return token_automaton(compile_pattern(pattern), model.tokenizer.vocabulary(), vocab_size, eos_ids)
 
 
 def generate_text(
@@ -128,7 +153,9 @@ def generate_text(
     eos_ids = settings.eos_ids(tokenizer.eos_id)
     streams = [TextStream(tokenizer, ids[prompt], settings.stop_strings) for prompt, _ in requests]
     hear = functools.partial(_show, streams, eos_ids, on_text) if on_text else None
-    generated = _draw(params, config, tokenizer, ids, settings, seed, hear, speed, language, draft)
+    mesh = make_mesh(config.mesh)
+    with laid_over(mesh, config.mesh) if mesh.size > 1 else contextlib.nullcontext():
+        generated = _draw(params, config, tokenizer, ids, settings, seed, hear, speed, language, draft)
     completions = []
     for i, (stream, new, stopped) in enumerate(zip(streams, generated.tokens, generated.stopped, strict=True)):
         body = new[:-1] if stopped else new

@@ -19,12 +19,24 @@ from gptjax.train.restore import ANY_LENGTHS, TrainedModel, load_run
 from gptjax.train.step import abstract_state
 
 
-def load(path: str | os.PathLike[str], *, step: int | None = None, log: Callable[[str], None] = log_to_stderr) -> TrainedModel:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    weights: str | None = None,
+    log: Callable[[str], None] = log_to_stderr,
+) -> TrainedModel:
     """The newest intact checkpoint of a run's folder (or that of `step`), or the model of a Hugging Face folder.
 
-    Raises `UserError` where the folder holds neither, where it has no tokenizer, or where the tokenizer is not the model's.
+    `weights`: "float32", "bfloat16" or "int8" for a model that generates alone, its weights stored so; None: the parameters as
+    they are. Raises `UserError` where the folder holds neither, where it has no tokenizer, or where the tokenizer is not the
+    model's.
     """
-    folder = pathlib.Path(path)
+    model = _load(pathlib.Path(path), step, log)
+    return model if weights is None else model.stored_as(weights)
+
+
+def _load(folder: pathlib.Path, step: int | None, log: Callable[[str], None]) -> TrainedModel:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder.")
     if not is_huggingface(folder):

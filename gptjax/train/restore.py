@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from gptjax import config as config_lib
 from gptjax.config import Config, UserError
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_folder
+from gptjax.generate import weights
 from gptjax.interop import huggingface
 from gptjax.parallel.mesh import make_mesh
 from gptjax.train.checkpoints import Checkpoints
@@ -45,6 +47,18 @@ class TrainedModel:
     tokenizer: Tokenizer
     step: int
     eos_ids: tuple[int, ...] | None = None  # that end a text, where they are not the tokenizer's alone
+
+    @functools.cached_property
+    def decoding_params(self) -> Any:
+        """The parameters as generation reads them, made at the first use and kept: a copy of the model's size."""
+        return weights.prepare(self.params, self.config.model)
+
+    def stored_as(self, kind: str) -> TrainedModel:
+        """The model for generation alone, its weights as `kind` ("float32", "bfloat16", "int8"; "": model.dtype) has them.
+
+        Raises `UserError` as `weights.prepare` does.
+        """
+        return dataclasses.replace(self, params=weights.prepare(self.params, self.config.model, kind))
 
 
 def load_run(
@@ -95,13 +109,17 @@ def _own_tokenizer(workdir: pathlib.Path, metadata: Mapping[str, Any]) -> Tokeni
     if not (workdir / "tokenizer").is_dir():
         return None
     tokenizer = load_tokenizer(workdir / "tokenizer")
+    _check_own_tokenizer(workdir, tokenizer, metadata)
+    return tokenizer
+
+
+def _check_own_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
     trained_with = metadata.get("tokenizer")
     if trained_with not in (None, tokenizer.encoding_fingerprint):
         raise UserError(
             f"{workdir / 'tokenizer'} is not the tokenizer that the checkpoint was made with: its fingerprint begins with "
             f"{tokenizer.encoding_fingerprint[:12]}, the checkpoint's with {trained_with[:12]}."
         )
-    return tokenizer
 
 
 def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None], tokenizer: Tokenizer | None = None) -> Any:

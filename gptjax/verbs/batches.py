@@ -17,7 +17,7 @@ from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.text import generate_text, prompt_ids
 from gptjax.generate.timing import Speed
 from gptjax.parallel import hosts
-from gptjax.verbs.generate import sample_as_dict
+from gptjax.verbs.generate import guided, sample_as_dict
 from gptjax.verbs.output import log, plain, print_json
 from gptjax.verbs.prompts import Line
 
@@ -41,14 +41,14 @@ def answer_lines(
             ids.pop(number, None)
             records[number] = [{"id": line.id, "error": f"{line.where}: {error}"}]
     refused = [found[0]["error"] for found in records.values()]
-    speed = Speed()
+    speed, options = Speed(), guided(model, settings, arguments)
     with _opened(arguments.output) as file:
         written = _write(file, records, 0)
         for batch in batches({number: len(row) for number, row in ids.items()}, settings, arguments.batch_size):
             padded = batch + batch[:1] * (_rows(len(batch), settings, arguments.batch_size) - len(batch))
             completions = generate_text(
                 model.params, model.config, model.tokenizer, [ids[number] for number in padded], settings,
-                seed=arguments.seed, speed=speed, texts=[_text(lines[number].prompt) for number in padded],
+                seed=arguments.seed, speed=speed, **options, texts=[_text(lines[number].prompt) for number in padded],
             )  # fmt: skip
             for i, completion in enumerate(completions[: len(batch) * settings.num_return_sequences]):
                 number = batch[i // settings.num_return_sequences]

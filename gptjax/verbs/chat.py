@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,18 @@ class Conversation:
     """What was said so far, and the model that answers. Raises `UserError` where there is no template."""
 
     def __init__(
-        self, model: Any, settings: GenerationConfig, seed: int, template: str | None = None, system: str | None = None
+        self,
+        model: Any,
+        settings: GenerationConfig,
+        seed: int,
+        template: str | None = None,
+        system: str | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        """`options`: more arguments of `generate_text`."""
         if settings.num_return_sequences > 1:
             raise UserError(f"num_return_sequences={settings.num_return_sequences}: a conversation goes on from one answer.")
-        self._model, self._settings, self._seed = model, settings, seed
+        self._model, self._settings, self._seed, self._options = model, settings, seed, options
         self._template = ChatTemplate.of(model.tokenizer, template)
         self.system = system or ""
         self.turns: list[dict[str, str]] = []
@@ -50,7 +59,7 @@ class Conversation:
             answer.append(text)
             write_text(text)
 
-        options: dict[str, Any] = {"seed": self._seed, "on_text": show, "speed": self.speed}
+        options: dict[str, Any] = {"seed": self._seed, "on_text": show, "speed": self.speed} | dict(self._options)
         try:
             generate_text(model.params, model.config, model.tokenizer, [ids], self._settings, **options)
         except UserError:
@@ -86,11 +95,18 @@ class Conversation:
         return ids
 
 
-def converse(model: Any, settings: GenerationConfig, seed: int, template: str | None, system: str | None) -> int:
+def converse(
+    model: Any,
+    settings: GenerationConfig,
+    seed: int,
+    template: str | None,
+    system: str | None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> int:
     """Reads lines until the end of standard input, /exit, or Ctrl-C twice in a row, which raises KeyboardInterrupt."""
     if hosts.process_count() > 1:
         raise UserError("--chat is for one process; of several, only one would hear what is said.")
-    conversation = Conversation(model, settings, seed, template, system)
+    conversation = Conversation(model, settings, seed, template, system, options)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         log(HELP)

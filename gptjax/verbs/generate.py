@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import sys
 from typing import Any
 
 from gptjax.config import UserError
+from gptjax.data.tokenizer_base import refuse_half_characters
 from gptjax.generate import settings as settings_lib
+from gptjax.generate.infill import ORDERS, find_sentinels, infill_prompt
 from gptjax.generate.settings import GenerationConfig
 from gptjax.verbs.arguments import add_run, add_verb, count, positive, required, run_config
 from gptjax.verbs.output import log, print_json, write_text
@@ -38,6 +41,14 @@ def add(verbs: Any) -> None:
     parser.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told beforehand")
     parser.add_argument("--chat_template", metavar="FILE", help="a Jinja file in place of the tokenizer's own template")
     parser.add_argument("--seed", type=count, default=0, metavar="N", help="samples are a function of it")
+    parser.add_argument("--weights", choices=("float32", "bfloat16", "int8"), help="how weights are stored (model.dtype)")
+    parser.add_argument("--regex", metavar="EXPRESSION", help="every text matches the whole of it")
+    parser.add_argument("--json_schema", metavar="FILE", help="every text is JSON that is valid under it")
+    parser.add_argument("--draft", metavar="DIR", help="a smaller model of the same vocabulary, for speculative decoding")
+    parser.add_argument("--infill_suffix", metavar="TEXT", help="write what stands between --prompt and this text")
+    parser.add_argument(
+        "--infill_order", choices=ORDERS, default="psm", help="which side comes first, as the model learnt it (psm)"
+    )
     settings_lib.add_arguments(parser)
 
 
@@ -53,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.chat:
         from gptjax.verbs.chat import converse
 
-        return converse(model, settings, arguments.seed, template, arguments.system)
+        return converse(model, settings, arguments.seed, template, arguments.system, guided(model, settings, arguments))
     if lines is not None:
         from gptjax.verbs.batches import answer_lines
 
@@ -75,6 +86,8 @@ def _check_belonging(arguments: argparse.Namespace) -> None:
             raise UserError("--json prints one object, and --prompts one a sample; name a file for these with --output=FILE.")
     elif arguments.output is not None:
         raise UserError("--output belongs to --prompts=FILE.")
+    if arguments.infill_suffix is not None and (arguments.prompts is not None or arguments.chat):
+        raise UserError("--infill_suffix belongs to one --prompt, the text before the gap.")
 
 
 def _template(name: str | None) -> str | None:
@@ -95,10 +108,33 @@ def _load(arguments: argparse.Namespace) -> Any:
     workdir = pathlib.Path(required(arguments, "workdir"))
     if not loading.is_huggingface(workdir):
         workdir, config = run_config(arguments)
-        return load_run(workdir, log, arguments.step, config)
+        return load_run(workdir, log, arguments.step, config).stored_as(arguments.weights or "")
     if arguments.overrides or arguments.config:
         raise UserError(f"{workdir} is a Hugging Face folder, and only a run's config can be overridden; convert it first.")
-    return loading.load(workdir, step=arguments.step, log=log)
+    return loading.load(workdir, step=arguments.step, weights=arguments.weights or "", log=log)
+
+
+def guided(model: Any, settings: GenerationConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What --regex, --json_schema and --draft ask for, as arguments of `generate_text`. Raises `UserError`."""
+    from gptjax.generate.text import language_of
+    from gptjax.train import loading
+
+    schema = None
+    if arguments.json_schema is not None:
+        path = pathlib.Path(arguments.json_schema)
+        try:
+            schema = json.loads(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"--json_schema={path} cannot be read: {error.strerror}.") from None
+        except ValueError as error:
+            raise UserError(f"--json_schema={path} is not valid JSON: {error}.") from None
+    draft = None
+    if arguments.draft is not None:
+        found = loading.load(arguments.draft, weights="", log=log)
+        if not found.tokenizer.has_ids_of(model.tokenizer):
+            raise UserError(f"--draft={arguments.draft} has another tokenizer than the model.")
+        draft = (found.params, found.config.model)
+    return {"language": language_of(model, arguments.regex, schema, settings), "draft": draft}
 
 
 def _answer(model: Any, prompt: str, settings: GenerationConfig, arguments: argparse.Namespace) -> int:
@@ -120,10 +156,18 @@ def _answer(model: Any, prompt: str, settings: GenerationConfig, arguments: argp
         started = True
         write_text(text)
 
+    texts: list[str | None] = [prompt]
+    ids: Any = prompt
+    if arguments.infill_suffix is not None:
+        refuse_half_characters(arguments.infill_suffix)
+        marks = find_sentinels(model.tokenizer)
+        ids = infill_prompt(model.tokenizer, prompt, arguments.infill_suffix, arguments.infill_order, marks)
+        if marks.end is not None:
+            settings = settings.replace(eos_token_id=(*settings.eos_ids(model.tokenizer.eos_id), marks.end))
     try:
         samples = generate_text(
-            model.params, model.config, model.tokenizer, [prompt], settings,
-            seed=arguments.seed, on_text=show if streams else None, speed=speed,
+            model.params, model.config, model.tokenizer, [ids], settings, texts=texts,
+            seed=arguments.seed, on_text=show if streams else None, speed=speed, **guided(model, settings, arguments),
         )  # fmt: skip
     except KeyboardInterrupt:
         if started:
@@ -134,7 +178,7 @@ def _answer(model: Any, prompt: str, settings: GenerationConfig, arguments: argp
         return 0
     for index, sample in enumerate(samples):
         shown = "" if started else sample.prompt + sample.text
-        write_text(("---\n" if index else "") + shown + "\n")
+        write_text(("---\n" if index else "") + shown + (arguments.infill_suffix or "") + "\n")
     log(f"{speed}.")
     return 0
 

@@ -177,8 +177,6 @@ def test_counts_and_lengths_of_a_bucket_share_one_compilation() -> None:
     ("settings", "draft", "named"),
     [
         (GREEDY, None, "prompt_lookup_num_tokens=0"),
-        (dataclasses.replace(GREEDY, num_assistant_tokens=0), CONFIG, "num_assistant_tokens=0"),
-        (dataclasses.replace(LOOKUP, max_matching_ngram_size=0), None, "max_matching_ngram_size=0"),
         (LOOKUP, CONFIG, "only one can draft"),
         (GREEDY, dataclasses.replace(CONFIG, vocab_size=38), "model.vocab_size=38 and the model 37"),
         (GREEDY, dataclasses.replace(CONFIG, max_seq_len=20), "more than model.max_seq_len=20, past which the draft model"),
