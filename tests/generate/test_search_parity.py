@@ -83,3 +83,26 @@ def test_greedy_lookup_equals_their_greedy(loaded: Loaded) -> None:
     for prompt, row in zip(PROMPTS, got.tokens, strict=True):
         assert row.tolist() == theirs(model, [prompt], 0)[0][0]
         assert row.tolist() == theirs(model, [prompt], 0, prompt_lookup_num_tokens=4)[0][0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.8},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 9},
+        {"bad_words_ids": [[6, 22], [3]], "suppress_tokens": [7]},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5, "forced_eos_token_id": 22},
+    ],
+)
+def test_processors_shape_beams_as_theirs(loaded: Loaded, settings: dict[str, Any]) -> None:
+    model, config, params = loaded
+    shared: dict[str, Any] = {"num_beams": BEAMS, "num_return_sequences": EACH}
+    ours = GenerationConfig(max_new_tokens=COUNT, do_sample=False, **shared).replace(**settings)
+    eos, prompts = 22, [PROMPTS[0]]
+    got = beam.generate_tokens(params, config, prompts, settings=ours, seed=0, eos_ids=(eos,), vocab_size=101)
+    rows, scores = theirs(model, prompts, eos, **settings, **shared)
+    plain, _ = theirs(model, prompts, eos, **shared)
+    assert rows != plain, "the case should change something"
+    assert [row.tolist() for row in got.tokens] == rows
+    np.testing.assert_allclose(got.scores, scores, rtol=1e-4)
