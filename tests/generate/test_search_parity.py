@@ -91,15 +91,16 @@ def test_greedy_lookup_equals_their_greedy(loaded: Loaded) -> None:
         {"repetition_penalty": 1.8},
         {"no_repeat_ngram_size": 2},
         {"min_new_tokens": 9},
-        {"bad_words_ids": [[6, 22], [3]], "suppress_tokens": [7]},
-        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5, "forced_eos_token_id": 22},
+        {"bad_words_ids": [[6, 22], [37, 100]], "suppress_tokens": [1]},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5, "forced_eos_token_id": 93},
     ],
 )
 def test_processors_shape_beams_as_theirs(loaded: Loaded, settings: dict[str, Any]) -> None:
     model, config, params = loaded
-    shared: dict[str, Any] = {"num_beams": BEAMS, "num_return_sequences": EACH}
+    # Texts that end early are worth more, so that beams meet ends.
+    shared: dict[str, Any] = {"num_beams": BEAMS, "num_return_sequences": EACH, "length_penalty": -1.0, "early_stopping": True}
     ours = GenerationConfig(max_new_tokens=COUNT, do_sample=False, **shared).replace(**settings)
-    eos, prompts = 22, [PROMPTS[0]]
+    eos, prompts = 93, [PROMPTS[0]]
     got = beam.generate_tokens(params, config, prompts, settings=ours, seed=0, eos_ids=(eos,), vocab_size=101)
     rows, scores = theirs(model, prompts, eos, **settings, **shared)
     plain, _ = theirs(model, prompts, eos, **shared)
