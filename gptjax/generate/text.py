@@ -16,12 +16,12 @@ from gptjax.generate import strategies
 from gptjax.generate.automata import TokenAutomaton, token_automaton
 from gptjax.generate.chat import ChatTemplate
 from gptjax.generate.decode import Generated
+from gptjax.generate.guiding import language_guides, stop_guides
 from gptjax.generate.json_schema import schema_pattern
 from gptjax.generate.patterns import compile_pattern
 from gptjax.generate.regex import parse_regex
 from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.speculative import Draft
-from gptjax.generate.stopping import language_guides, stop_guides
 from gptjax.generate.streaming import TextStream
 from gptjax.generate.timing import Speed, Stopwatch
 from gptjax.parallel.mesh import make_mesh
