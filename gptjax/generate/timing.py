@@ -31,7 +31,10 @@ class Speed:
     def __str__(self) -> str:
         prefill, decode = _rate(self.prompt_tokens, self.prefill_seconds), _rate(self.decoded_tokens, self.decode_seconds)
         parts = [
-            f"prefill {self.prompt_tokens} tokens in {self.prefill_seconds:.3f} s" + (f" ({prefill:,.0f}/s)" if prefill else ""),
+            f"prefill {self.prompt_tokens} tokens in {self.prefill_seconds:.3f} s" + (f" ({prefill:,.0f}/s)" if prefill else "")
+        ]
+        parts = parts if self.prompt_tokens else []  # a search is timed as a whole
+        parts += [
             f"decode {self.decoded_tokens} tokens in {self.decode_seconds:.3f} s" + (f" ({decode:,.1f}/s)" if decode else ""),
         ]
         if self.compile_seconds >= 0.001:
