@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import pathlib
-import types
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,14 @@ from gptjax import cli
 from gptjax.config import Config, UserError
 from gptjax.data.tokenizers import CharTokenizer
 from gptjax.generate.timing import Speed, covered
+from gptjax.train.restore import TrainedModel
 from gptjax.verbs import chat, generate, output
 from tests.generate.small_models import GPT2_LIKE, model_config, random_params
 
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz é:/\n")
 SIZE = {"max_seq_len": 32, "vocab_size": TOKENIZER.vocab_size, "num_layers": 1}
 CONFIG = dataclasses.replace(Config(), model=model_config(**SIZE, **GPT2_LIKE))
-MODEL = types.SimpleNamespace(
-    config=CONFIG, params=random_params(CONFIG.model, seed=1), tokenizer=TOKENIZER, eos_ids=None, step=7
-)
+MODEL = TrainedModel(CONFIG, random_params(CONFIG.model, seed=1), TOKENIZER, step=7)
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 # Prompts of up to 16 tokens or of 32, one row, two or four, and always somebody who listens: few compilations in all.
 NEW = 6

@@ -72,8 +72,8 @@ def test_initial_parameters_want_the_tokenizer_that_they_were_trained_with(tmp_p
 def test_where_initial_parameters_come_from_is_asked_for_its_tokenizer(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text("{}")
-    model = types.SimpleNamespace(params={}, tokenizer=CharTokenizer("abc"))
-    monkeypatch.setattr(restore, "load_run", lambda folder, log: model)
+    CharTokenizer("abc").save(tmp_path / "tokenizer")
+    monkeypatch.setattr(restore, "load_params", lambda folder, log: types.SimpleNamespace(params={}, metadata={}))
     config: Any = types.SimpleNamespace(init_from=str(tmp_path))
     with pytest.raises(UserError, match="another tokenizer"):
         restore.initial_params(config, None, print, ByteTokenizer())  # type: ignore[arg-type]
