@@ -15,6 +15,7 @@ from gptjax.generate import decode
 from gptjax.generate.decode import generate_tokens
 from gptjax.generate.settings import GenerationConfig
 from gptjax.model.attention import Cache
+from gptjax.model.cache import BLOCK
 from gptjax.model.decoder import Decoder
 from tests.generate.small_models import FAMILIES, full_logits, greedy_by_full_forwards, model_config, random_params
 
@@ -157,3 +158,17 @@ def test_what_cannot_be_answered_is_refused(prompts: list[list[int]], changes: d
     config = model_config()
     with pytest.raises(UserError, match=named):
         run((random_params(config), config), prompts, **changes)
+
+
+def test_rows_that_cross_a_block_of_the_cache_equal_full_forwards_to_the_contexts_end() -> None:
+    config = model_config(max_seq_len=2 * BLOCK + 9, num_layers=1, attention_window=BLOCK + 50, **FAMILIES["llama"])
+    model = random_params(config, scale=0.3), config
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, config.vocab_size, length).tolist() for length in (2 * BLOCK - 7, BLOCK - 3)]
+    generated = run(model, prompts, settings=dataclasses.replace(GREEDY, max_new_tokens=16))
+    for prompt, tokens, log_probs in zip(prompts, generated.tokens, generated.log_probs, strict=True):
+        logits_TV = full_logits(*model, [*prompt, *tokens.tolist()])[len(prompt) - 1 : -1].astype(np.float64)
+        assert tokens.tolist() == logits_TV.argmax(-1).tolist()
+        expected = logits_TV.max(-1) - np.log(np.exp(logits_TV).sum(-1))
+        np.testing.assert_allclose(log_probs, expected, atol=1e-5)
+    assert len(set(generated.tokens[0].tolist())) > 3, "the case should not repeat one token"
