@@ -379,6 +379,11 @@ def _compare(what: str, saved: dict[str, Any], wanted: dict[str, Any], partial: 
                 continue
             raise UserError(f"{what} holds {name}, which the state of this config does not have.")
         if name not in saved:
+            if all(kept.startswith("params/") for kept in saved):
+                raise UserError(
+                    f"{what} holds the parameters of a converted model and no state to go on from; "
+                    "train in a folder of its own, with --config.init_from naming this one."
+                )
             raise UserError(f"{what} lacks {name}, which the state of this config has.")
         (old_type, old_shape), (new_type, new_shape) = saved[name], _describe(wanted[name])
         if (old_type, old_shape) != (new_type, new_shape):

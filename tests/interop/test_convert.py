@@ -65,6 +65,19 @@ def test_a_run_is_made_that_loads_through_the_usual_door(converted: tuple[pathli
     assert len(json.loads(capsys.readouterr().out)["samples"][0]["tokens"]) == 3
 
 
+def test_training_does_not_go_on_in_its_folder(converted: tuple[pathlib.Path, pathlib.Path], tmp_path: Any, capsys: Any) -> None:
+    made = converted[1]
+    (tmp_path / "text.txt").write_text("to be or not to be " * 200)
+    options = [
+        "--config.data.source=text",
+        f"--config.data.path={tmp_path / 'text.txt'}",
+        "--config.data.seq_len=6",
+        "--config.data.split_by=tail",
+    ]
+    assert cli.main(["train", f"--config={made / 'config.json'}", f"--workdir={made}", "--allow_changes=data", *options]) == 2
+    assert "holds the parameters of a converted model and no state to go on from" in capsys.readouterr().err
+
+
 def test_it_is_evaluated_on_a_text_with_its_own_tokenizer(
     converted: tuple[pathlib.Path, pathlib.Path], tmp_path: Any, capsys: Any
 ) -> None:
