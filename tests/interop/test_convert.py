@@ -74,7 +74,18 @@ def test_training_does_not_go_on_in_its_folder(converted: tuple[pathlib.Path, pa
         "--config.data.seq_len=6",
         "--config.data.split_by=tail",
     ]
-    assert cli.main(["train", f"--config={made / 'config.json'}", f"--workdir={made}", "--allow_changes=data", *options]) == 2
+    assert (
+        cli.main(
+            [
+                "train",
+                f"--config={made / 'config.json'}",
+                f"--workdir={made}",
+                "--allow_changes=data.source,data.path,data.seq_len,data.split_by",
+                *options,
+            ]
+        )
+        == 2
+    )
     assert "holds the parameters of a converted model and no state to go on from" in capsys.readouterr().err
 
 
