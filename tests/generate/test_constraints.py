@@ -16,7 +16,7 @@ from gptjax.generate.text import Completion, generate
 from gptjax.train.restore import TrainedModel
 from tests.generate.small_models import GPT2_LIKE, model_config, random_params
 
-ROWS, ROOM = 500, 24
+ROWS, ROOM = 1000, 24
 SCHEMA = {
     "type": "object",
     "properties": {"n": {"type": "integer", "minimum": -99, "maximum": 99}, "ok": {"type": "boolean"}},
@@ -38,7 +38,7 @@ def samples(**options: Any) -> list[Completion]:
     return generate(MODEL, "say: ", **settings | options)
 
 
-def test_five_hundred_samples_match_a_regular_expression() -> None:
+def test_a_thousand_samples_match_a_regular_expression() -> None:
     expression = r"(\d{1,3}|[a-f]+é?)(, ?(\d{1,3}|[a-f]+é?))*!"
     found = samples(regex=expression)
     assert all(re.fullmatch(expression, completion.text, re.ASCII) for completion in found)
@@ -46,7 +46,7 @@ def test_five_hundred_samples_match_a_regular_expression() -> None:
     assert {completion.finish_reason for completion in found} <= {"eos", "stop"}  # whole, though the room is small
 
 
-def test_five_hundred_samples_are_valid_under_a_json_schema() -> None:
+def test_a_thousand_samples_are_valid_under_a_json_schema() -> None:
     found = [json.loads(completion.text) for completion in samples(json_schema=SCHEMA)]
     assert all(-99 <= value.pop("n") <= 99 and set(value) <= {"ok"} for value in found)
     assert {json.dumps(value) for value in found} == {"{}", '{"ok": true}', '{"ok": false}'}

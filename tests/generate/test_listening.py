@@ -114,14 +114,18 @@ def test_what_a_listener_raises_ends_the_call(error: type[BaseException]) -> Non
 
 def test_ctrl_c_while_a_call_runs_ends_it() -> None:
     steps = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 
     def interrupt(tokens_B: np.ndarray, alive_B: np.ndarray) -> None:
         steps.append(tokens_B)
         if len(steps) == 2:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(on_tokens=interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(on_tokens=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(steps) == 2
 
 
