@@ -191,19 +191,27 @@ def _reachable(next_SC: np.ndarray) -> np.ndarray:
     return seen
 
 
-def regex_automaton(expression: str, tokenizer: Tokenizer, vocab_size: int) -> TokenAutomaton:
-    """Texts that the whole regular expression matches (`regex.py` says what may be written); `vocab_size` is the model's."""
-    return _of_tokenizer(compile_pattern(parse_regex(expression)), tokenizer, vocab_size)
+def regex_automaton(
+    expression: str, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int] | None = None
+) -> TokenAutomaton:
+    """Texts that the whole regular expression matches (`regex.py` says what may be written); `vocab_size` is the model's,
+    `eos_ids` end a text (None: the tokenizer's).
+    """
+    return _of_tokenizer(compile_pattern(parse_regex(expression)), tokenizer, vocab_size, eos_ids)
 
 
-def schema_automaton(schema: object, tokenizer: Tokenizer, vocab_size: int) -> TokenAutomaton:
-    """JSON texts that are valid under the schema (`json_schema.py` says which are read); `vocab_size` is the model's."""
-    return _of_tokenizer(compile_pattern(schema_pattern(schema)), tokenizer, vocab_size)
+def schema_automaton(
+    schema: object, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int] | None = None
+) -> TokenAutomaton:
+    """JSON texts that are valid under the schema (`json_schema.py` says which are read); the rest as `regex_automaton`."""
+    return _of_tokenizer(compile_pattern(schema_pattern(schema)), tokenizer, vocab_size, eos_ids)
 
 
-def _of_tokenizer(automaton: ByteAutomaton, tokenizer: Tokenizer, vocab_size: int) -> TokenAutomaton:
-    eos_ids = [i for i in (tokenizer.eos_id,) if i is not None and i < vocab_size]
-    return token_automaton(automaton, tokenizer.vocabulary(), vocab_size, eos_ids)
+def _of_tokenizer(
+    automaton: ByteAutomaton, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int] | None
+) -> TokenAutomaton:
+    ends = (tokenizer.eos_id,) if eos_ids is None else eos_ids
+    return token_automaton(automaton, tokenizer.vocabulary(), vocab_size, [i for i in ends if i is not None and i < vocab_size])
 
 
 def joined_bytes(vocabulary: Vocabulary, tokens: Sequence[int] | np.ndarray) -> bytes:

@@ -106,7 +106,7 @@ def generate_tokens(
 
     Raises `UserError` for settings that make no sense together, guides, `on_tokens`, and what decode.generate_tokens refuses.
     """
-    _check(settings, guides, on_tokens)
+    _check(guides, on_tokens)
     if not prompts or settings.max_new_tokens == 0:
         rows = len(prompts) * settings.num_return_sequences
         return Searched(**vars(nothing(rows)), scores=np.zeros(rows, np.float32))
@@ -156,7 +156,7 @@ def generate_tokens(
     )
 
 
-def _check(settings: GenerationConfig, guides: tuple[Any, ...], on_tokens: Any) -> None:
+def _check(guides: tuple[Any, ...], on_tokens: Any) -> None:
     if guides:
         raise UserError(
             "beam search cannot follow a grammar, a pattern or stop strings: their states don't move with beams; set num_beams=1."

@@ -13,13 +13,10 @@ import numpy as np
 from gptjax.config import Config, UserError
 from gptjax.data.tokenizer_base import refuse_half_characters
 from gptjax.generate import strategies
-from gptjax.generate.automata import TokenAutomaton, token_automaton
+from gptjax.generate.automata import TokenAutomaton, regex_automaton, schema_automaton
 from gptjax.generate.chat import ChatTemplate
 from gptjax.generate.decode import Generated
 from gptjax.generate.guiding import language_guides, stop_guides
-from gptjax.generate.json_schema import schema_pattern
-from gptjax.generate.patterns import compile_pattern
-from gptjax.generate.regex import parse_regex
 from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.speculative import Draft
 from gptjax.generate.streaming import TextStream
@@ -118,10 +115,8 @@ def language_of(model: Model, regex: str | None, json_schema: Any, settings: Gen
         return None
     if regex is not None and json_schema is not None:
         raise UserError("a regular expression and a JSON schema are both given; keep one.")
-    pattern = parse_regex(regex) if regex is not None else schema_pattern(json_schema)
-    eos_ids = settings.eos_ids(model.tokenizer.eos_id)
-    vocab_size = model.config.model.vocab_size
-    return token_automaton(compile_pattern(pattern), model.tokenizer.vocabulary(), vocab_size, eos_ids)
+    options = (model.tokenizer, model.config.model.vocab_size, settings.eos_ids(model.tokenizer.eos_id))
+    return regex_automaton(regex, *options) if regex is not None else schema_automaton(json_schema, *options)
 
 
 def generate_text(
