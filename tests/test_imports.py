@@ -14,7 +14,7 @@ PACKAGE = REPOSITORY / "gptjax"
 # Module or package: what it may import from gptjax, each name standing for everything below it. The longest matching name rules.
 # A package always sees its own modules unless these have lines of their own.
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "gptjax.config": (),
+    "gptjax.config": ("gptjax.config",),
     "gptjax.recipes": ("gptjax.config",),
     "gptjax.runtime": (),
     "gptjax.data": ("gptjax.config", "gptjax.data"),

@@ -17,17 +17,23 @@ from gptjax.model.cache import Cache, cached_attention, visible
 from gptjax.model.context import Shared, context_attention
 from gptjax.model.layers import Norm, Projection
 from gptjax.model.positions import rotate
+from gptjax.model.rows import Rows
 from gptjax.model.splash import splash_attention, splash_context_attention
 from gptjax.parallel.sharding import spec
 
 
-def causal_mask(length: int, segment_ids_BT: jax.Array | None, window: int = 0) -> jax.Array:
-    """[B or 1, T, T], True where query t may see key s: not later, in the window (0: none), and in the same segment."""
+def causal_mask(length: int, segment_ids_BT: jax.Array | None, window: int = 0, prefix_BT: jax.Array | None = None) -> jax.Array:
+    """[B or 1, T, T], True where query t may see key s: not later, or of the prefix; in the window, before and after (0: none);
+    and in the same segment.
+    """
     order_T = jnp.arange(length)
-    mask_1TS = visible(order_T[:, None] - order_T[None, :], window)[None]
+    before_TS = order_T[:, None] - order_T[None, :]
+    mask_BTS = visible(before_TS, window)[None]
+    if prefix_BT is not None:
+        mask_BTS = mask_BTS | (prefix_BT[:, None, :] & visible(jnp.abs(before_TS), window))
     if segment_ids_BT is None:
-        return mask_1TS
-    return mask_1TS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+        return mask_BTS
+    return mask_BTS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
 
 
 def masked_attention(
@@ -65,6 +71,7 @@ class Call(NamedTuple):
 
     config: ModelConfig
     segment_ids_BT: jax.Array | None  # None: one segment a row
+    prefix_BT: jax.Array | None  # bool: keys that queries before them see too; None: no key is
     dropout_keys: jax.Array | None  # [B, 2]; None: no dropout
     first_head: Any = 0  # number of the first query head here, where a device has some of them
 
@@ -78,7 +85,7 @@ class Call(NamedTuple):
 
 
 def _dense(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, call: Call) -> jax.Array:
-    mask_BTS = causal_mask(q_BTNH.shape[1], call.segment_ids_BT, call.config.attention_window)
+    mask_BTS = causal_mask(q_BTNH.shape[1], call.segment_ids_BT, call.config.attention_window, call.prefix_BT)
     return masked_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTS, **call.drops, softcap=call.config.attention_softcap)
 
 
@@ -127,21 +134,22 @@ ATTENTION_BACKENDS: dict[str, Backend] = {
 
 # What `auto` tries, in this order: the first that can do what is asked. The dense form lets XLA fuse what it can.
 AUTO: dict[str, tuple[str, ...]] = {
-    "cpu": ("blockwise",),
+    "cpu": ("blockwise", "dense"),
     "gpu": ("cudnn", "dense", "blockwise"),
     "tpu": ("splash", "dense", "blockwise"),
     "other": ("dense", "blockwise"),
 }
 
 
-def choose_backend(config: ModelConfig, length: int, context: int = 1) -> str:
-    """The backend for rows of `length` tokens, cut into `context` parts: the one asked for, or what `auto` stands for.
+def choose_backend(config: ModelConfig, length: int, context: int = 1, prefix: bool = False) -> str:
+    """The backend for rows of `length` tokens, cut into `context` parts: the one asked for, or what `auto` stands for. `prefix`:
+    some keys are seen from before them.
 
     Raises `UserError` where the one asked for is not for this platform or cannot do what is asked.
     """
     platform = primitives.platform()
     if config.attention != "auto":
-        if refusal := attention_refusal(config, config.attention, length, context):
+        if refusal := attention_refusal(config, config.attention, length, context, prefix):
             raise UserError(refusal)
         platforms = ATTENTION_BACKENDS[config.attention].platforms
         if platforms and platform not in platforms:
@@ -152,7 +160,11 @@ def choose_backend(config: ModelConfig, length: int, context: int = 1) -> str:
         return config.attention
     plain_cpu = platform == "cpu" and not primitives.hand_written()
     order = AUTO["other" if plain_cpu or platform not in AUTO else platform]
-    return next(name for name in order if not attention_refusal(config, name, length, context))
+    refusals = {name: attention_refusal(config, name, length, context, prefix) for name in order}
+    able = [name for name, refusal in refusals.items() if not refusal]
+    if not able:
+        raise UserError(f"no attention backend for {platform} does what is asked: {' '.join(refusals.values())}")
+    return able[0]
 
 
 def attend(
@@ -161,6 +173,7 @@ def attend(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array | None = None,
+    prefix_BT: jax.Array | None = None,
     dropout_keys: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention [B, T, N, H] by the config's backend, wherever the arrays lie on the mesh that is set.
@@ -168,14 +181,14 @@ def attend(
     Where the length is laid over a mesh axis, or the backend is a kernel of one device, each device is given its rows, heads
     and part of the length by name.
     """
-    call = Call(config, segment_ids_BT, dropout_keys)
+    call = Call(config, segment_ids_BT, prefix_BT, dropout_keys)
     mesh = jax.sharding.get_abstract_mesh()
     length = q_BTNH.shape[1]
     axis = None if mesh.empty else spec("length")[0]
     if isinstance(axis, tuple):
         raise UserError(f"mesh.rules lay 'length' over {' and '.join(axis)}; attention shares it out over one mesh axis only.")
     parts = 1 if axis is None else mesh.shape[axis]
-    backend = ATTENTION_BACKENDS[choose_backend(config, length, parts)]
+    backend = ATTENTION_BACKENDS[choose_backend(config, length, parts, prefix_BT is not None)]
     if parts == 1 and (mesh.empty or mesh.size == 1 or not backend.by_device):
         return backend.attend(q_BTNH, k_BTKH, v_BTKH, call)
 
@@ -184,21 +197,21 @@ def attend(
     if queries != keys:
         raise UserError("mesh.rules lay 'heads' and 'kv_heads' over different axes; attention needs them on the same.")
 
-    def on_device(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, segment_ids_BT: Any, dropout_keys: Any) -> jax.Array:
+    def on_device(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, segment_ids_BT: Any, prefix_BT: Any, dropout_keys: Any) -> jax.Array:
         first_head = jax.lax.axis_index(queries[2]) * q_BTNH.shape[2] if queries[2] is not None else 0
-        part = Call(config, segment_ids_BT, dropout_keys, first_head)
+        part = Call(config, segment_ids_BT, prefix_BT, dropout_keys, first_head)
         if backend.over_context is not None and parts > 1:
             return backend.over_context(q_BTNH, k_BTKH, v_BTKH, shared, part)
         return backend.attend(q_BTNH, k_BTKH, v_BTKH, part)
 
     run = jax.shard_map(
         on_device,
-        in_specs=(queries, keys, keys, spec("batch", "length"), spec("batch")),
+        in_specs=(queries, keys, keys, spec("batch", "length"), spec("batch", "length"), spec("batch")),
         out_specs=queries,
         axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         check_vma=False,  # Pallas kernels and scans over gathered keys do not say what varies over which axis
     )
-    return run(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, dropout_keys)
+    return run(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, prefix_BT, dropout_keys)
 
 
 class Attention(nn.Module):
@@ -207,15 +220,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        angles: Any,
-        segment_ids_BT: jax.Array | None,
-        dropout_keys: Any,
-        cache: Cache | None,
-    ) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x_BTD: jax.Array, rows: Rows, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         c = self.config
         query = Projection(c, ("embed",), ("heads", "head_dim"), (c.num_heads, c.head_dim), c.attention_bias, name="query")
         key = Projection(c, ("embed",), ("kv_heads", "head_dim"), (c.num_kv_heads, c.head_dim), c.attention_bias, name="key")
@@ -226,14 +231,14 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = query(x_BTD), key(x_BTD), value(x_BTD)
         if c.query_key_norm:
             q_BTNH, k_BTKH = Norm(c, "head_dim", name="query_norm")(q_BTNH), Norm(c, "head_dim", name="key_norm")(k_BTKH)
-        if angles is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
+        if rows.angles is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, rows.angles), rotate(k_BTKH, rows.angles)
         if cache is not None:
-            cache = cache.write(k_BTKH, v_BTKH, positions_BT)
-            out_BTNH = cached_attention(q_BTNH, cache, positions_BT, c.attention_window, c.attention_softcap)
+            cache = cache.write(k_BTKH, v_BTKH, rows.positions_BT)
+            out_BTNH = cached_attention(q_BTNH, cache, rows.positions_BT, c.attention_window, c.attention_softcap)
         elif self.is_initializing():
             out_BTNH = q_BTNH  # parameters don't depend on it, and a kernel may want longer rows than they are made with
         else:
-            keys = dropout_keys if c.attention_dropout else None
-            out_BTNH = attend(c, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, keys)
+            keys = rows.dropout_keys if c.attention_dropout else None
+            out_BTNH = attend(c, q_BTNH, k_BTKH, v_BTKH, rows.segment_ids_BT, rows.prefix_BT, keys)
         return output(out_BTNH), cache

@@ -20,13 +20,16 @@ from flax import linen as nn
 
 from gptjax.config import ModelConfig
 from gptjax.model import primitives
-from gptjax.model.attention import Attention, Cache
-from gptjax.model.experts import ROUTED, ExpertMLP, RouterStats
+from gptjax.model.block import Block
+from gptjax.model.cache import Cache
+from gptjax.model.embedding import Embedding
+from gptjax.model.experts import ROUTED, RouterStats
 from gptjax.model.kernels import Kernel
-from gptjax.model.layers import MLP, PROJECTED, Norm, parameter
+from gptjax.model.layers import PROJECTED, Norm, parameter
 from gptjax.model.positions import rotary_angles
+from gptjax.model.rows import Rows
 from gptjax.parallel.pipeline import num_micro_batches, pipelined
-from gptjax.parallel.sharding import axis_size, constrain, mesh_config
+from gptjax.parallel.sharding import axis_size, mesh_config
 
 # What the backward pass may keep; everything else is computed again.
 # "dots" keeps what projections give, by name: products inside a hand-written derivative are hidden from JAX's own policies.
@@ -34,68 +37,6 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED, ROUTED),
     "full": jax.checkpoint_policies.save_only_these_names(ROUTED),
 }
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), or experts in place of the mlp; parallel: both see the block's input, as in
-    GPT-NeoX (Black et al., 2022).
-    """
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, shared: tuple[Any, ...], layer: jax.Array, cache: Cache | None
-    ) -> tuple[jax.Array, tuple[Cache | None, RouterStats | None]]:
-        c = self.config
-        positions_BT, angles, segment_ids_BT, dropout_keys = shared
-        attention_keys = residual_keys = mlp_keys = None
-        if dropout_keys is not None:  # 0 is the embedding's; a block has three
-            attention_keys, residual_keys, mlp_keys = (primitives.fold_in(dropout_keys, 3 * layer + site) for site in (1, 2, 3))
-
-        x_BTD = constrain(x_BTD, "batch", "length", None)
-        y_BTD = Norm(c, name="attention_norm")(x_BTD)
-        y_BTD, cache = Attention(c, name="attention")(y_BTD, positions_BT, angles, segment_ids_BT, attention_keys, cache)
-        input_BTD, x_BTD = x_BTD, x_BTD + primitives.dropout(y_BTD, c.residual_dropout, residual_keys)
-
-        y_BTD, stats = Norm(c, name="mlp_norm")(input_BTD if c.block == "parallel" else x_BTD), None
-        if c.num_experts:
-            is_token_BT = None if segment_ids_BT is None else segment_ids_BT > 0
-            # A token that is generated has no row to share places with, so none is dropped.
-            y_BTD, stats = ExpertMLP(c, name="experts")(y_BTD, is_token_BT, may_drop=cache is None)
-        else:
-            y_BTD = MLP(c, name="mlp")(y_BTD)
-        return x_BTD + primitives.dropout(y_BTD, c.residual_dropout, mlp_keys), (cache, stats)
-
-
-class Embedding(nn.Module):
-    """Tokens, and learned positions where the config has them, to vectors."""
-
-    config: ModelConfig
-
-    def setup(self) -> None:
-        c = self.config
-        normal = nn.initializers.normal(c.init_std)
-        self.tokens = parameter(self, "tokens", normal, ("table_rows", "table_width"), (c.vocab_size, c.model_dim), c.param_dtype)
-        if c.position == "learned":
-            self.positions = parameter(
-                self, "positions", normal, ("positions", "embed"), (c.max_seq_len, c.model_dim), c.param_dtype
-            )
-
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(self.config.param_dtype, self.config.dtype)  # a sum of bfloat16 tables must not round to them
-        x_BTD = _look_up(self.tokens, tokens_BT).astype(dtype)
-        if self.config.position == "learned":
-            x_BTD = x_BTD + _look_up(self.positions, positions_BT).astype(dtype)
-        return x_BTD.astype(self.config.dtype)
-
-
-def _look_up(table_VD: Any, ids_BT: jax.Array) -> jax.Array:
-    """[B, T, D], each device looking up its own rows in its own part of the width."""
-    if isinstance(table_VD, Kernel):
-        return constrain(table_VD.rows(ids_BT), "batch", "length", None)
-    x_BTD = primitives.embed(constrain(table_VD, None, "lookup_width"), ids_BT)
-    return constrain(x_BTD, "batch", "length", "lookup_width")
 
 
 def _block(config: ModelConfig) -> type[Block]:
@@ -135,13 +76,15 @@ class Decoder(nn.Module):
         tokens_BT: jax.Array,
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
+        prefix_BT: jax.Array | None = None,
         dropout_keys: Any = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
         """The normed output of the last block, [B, T, D], the cache with these tokens written in, and what the routers of all
         layers did (None: no experts).
 
-        `segment_ids_BT`: tokens see only their own segment (packed documents). `dropout_keys`: one a row; None: no dropout.
+        `segment_ids_BT`: tokens see only their own segment (packed documents). `prefix_BT`, bool: tokens that all of their
+        segment see; others are seen by later ones only. `dropout_keys`: one a row; None: no dropout.
         With a cache, token t stands at `positions_BT[:, t]` and sees all positions up to its own; without, it sees the row up
         to t.
         """
@@ -152,16 +95,16 @@ class Decoder(nn.Module):
         if dropout_keys is not None:
             x_BTD = primitives.dropout(x_BTD, c.embedding_dropout, primitives.fold_in(dropout_keys, 0))
         angles = rotary_angles(positions_BT, c) if c.position == "rotary" else None
-        shared = (positions_BT, angles, segment_ids_BT, dropout_keys)
+        rows = Rows(positions_BT, angles, segment_ids_BT, prefix_BT, dropout_keys)
         if axis_size("stage") > 1 and cache is None and not self.is_initializing():
-            x_BTD, stats = self._through_stages(x_BTD, shared)
+            x_BTD, stats = self._through_stages(x_BTD, rows)
         elif cache is not None:
-            x_BTD, cache, stats = self._with_cache(x_BTD, shared, cache)
+            x_BTD, cache, stats = self._with_cache(x_BTD, rows, cache)
         else:
-            x_BTD, (_, stats) = self.layers(x_BTD, shared, jnp.arange(c.num_layers), None)
+            x_BTD, (_, stats) = self.layers(x_BTD, rows, jnp.arange(c.num_layers), None)
         return self.final_norm(x_BTD), cache, stats
 
-    def _with_cache(self, x_BTD: jax.Array, shared: tuple[Any, ...], cache: Cache) -> tuple[jax.Array, Cache, None]:
+    def _with_cache(self, x_BTD: jax.Array, rows: Rows, cache: Cache) -> tuple[jax.Array, Cache, None]:
         """`self.layers` one after the other, on the same parameters or on those that generation has prepared.
 
         A scan would copy each layer's kernels and cache out of the stack, and the cache back, for every token.
@@ -170,23 +113,23 @@ class Decoder(nn.Module):
         block, layers = Block(c, parent=None), self.variables["params"]["layers"]
         for n in range(c.num_layers):
             own = layers[str(n)] if str(n) in layers else jax.tree.map(lambda leaf, n=n: leaf[n], layers)
-            applied: Any = block.apply({"params": own}, x_BTD, shared, n, cache.of_layer(n))
+            applied: Any = block.apply({"params": own}, x_BTD, rows, n, cache.of_layer(n))
             x_BTD, (written, _) = applied
             cache = written.of_layer(-1)
         return x_BTD, cache, None
 
-    def _through_stages(self, x_BTD: jax.Array, shared: tuple[Any, ...]) -> tuple[jax.Array, RouterStats | None]:
+    def _through_stages(self, x_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, RouterStats | None]:
         """`self.layers` as a pipeline, on the same parameters."""
         c = self.config
         block = _block(c)(c, parent=None)
 
-        def layer(params: Any, x_bTD: jax.Array, shared: tuple[Any, ...], number: jax.Array) -> tuple[jax.Array, Any]:
-            x_bTD, (_, stats) = block.apply({"params": params}, x_bTD, shared, number, None)
+        def layer(params: Any, x_bTD: jax.Array, rows: Rows, number: jax.Array) -> tuple[jax.Array, Any]:
+            x_bTD, (_, stats) = block.apply({"params": params}, x_bTD, rows, number, None)
             return x_bTD, stats
 
         micro_batches = num_micro_batches(mesh_config(), axis_size("stage"))
         params = self.variables["params"]["layers"]
-        return pipelined(layer, params, x_BTD, shared, micro_batches, c.scan_unroll or c.num_layers)
+        return pipelined(layer, params, x_BTD, rows, micro_batches, c.scan_unroll or c.num_layers)
 
     def __call__(self, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, Cache | None]:
         """(logits [B, T, V] in float32, cache); arguments as `hidden`."""

@@ -17,6 +17,7 @@ class Example(NamedTuple):
     weights: jax.Array  # float32
     positions: jax.Array
     segment_ids: jax.Array
+    prefix: jax.Array | None = None  # bool: inputs that all of their segment see, those before them too; None: causal
 
 
 def causal(batch: Mapping[str, jax.Array]) -> Example:

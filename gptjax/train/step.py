@@ -113,6 +113,7 @@ def hidden_states(
         example.inputs,
         example.positions,
         segment_ids_BT=example.segment_ids if config.data.packing == "packed" else None,
+        prefix_BT=example.prefix,
         dropout_keys=dropout_keys,
         method=Decoder.hidden,
     )

@@ -15,9 +15,12 @@ from jax.sharding import PartitionSpec
 from gptjax.config import MeshConfig
 from gptjax.model import primitives
 from gptjax.model.attention import ATTENTION_BACKENDS, Cache
-from gptjax.model.decoder import Block, Decoder, Embedding
+from gptjax.model.block import Block
+from gptjax.model.decoder import Decoder
+from gptjax.model.embedding import Embedding
 from gptjax.model.layers import ACTIVATIONS, Norm
-from gptjax.model.positions import rotary_angles, rotate
+from gptjax.model.positions import rotary_angles
+from gptjax.model.rows import Rows, rotate
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh
 from gptjax.train.objectives import causal
@@ -390,7 +393,7 @@ def test_scan_equals_a_loop_over_blocks(kind: str) -> None:
     for number in range(3):
         layer = jax.tree.map(lambda leaf, n=number: leaf[n], params["layers"])
         x, _ = Block(model).apply(
-            {"params": layer}, x, (example.positions, angles, example.segment_ids, None), jnp.int32(number), None
+            {"params": layer}, x, Rows(example.positions, angles, example.segment_ids, None, None), jnp.int32(number), None
         )
     looped = Norm(model).apply({"params": params["final_norm"]}, x)
     np.testing.assert_allclose(scanned, looped, rtol=1e-5, atol=1e-5)

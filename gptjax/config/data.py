@@ -1,0 +1,72 @@
+"""Knobs of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gptjax.config.knobs import UserError, knob
+
+if TYPE_CHECKING:
+    from gptjax.config.schema import Config
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Documents to batches."""
+
+    source: str = knob("stdlib", "Where documents come from.", choices=("stdlib", "text", "jsonl", "tfds"))
+    path: str = knob("", "text, jsonl: a file, a glob, or several separated by commas; tfds: its data_dir.")
+    eval_path: str = knob("", "text, jsonl: files held out for evaluation; empty: eval_fraction of `path`.")
+    name: str = knob("", "tfds: the data set's name, as in tiny_shakespeare or tiny_shakespeare:1.0.0.")
+    train_split: str = knob("train", "tfds: split to train on.")
+    eval_split: str = knob("validation", "tfds: split to evaluate on, as in validation+test.")
+    text_field: str = knob("text", "jsonl, tfds: the field that holds the text.")
+    split_by: str = knob(
+        "hash",
+        "How eval_fraction is held out: documents by a hash of their name, or the tail of the text.",
+        choices=("hash", "tail"),
+    )
+    eval_fraction: float = knob(0.1, "Share held out for evaluation.", above=0, below=1)
+
+    unicode_form: str = knob("none", "Unicode normalisation of each document.", choices=("none", "NFC", "NFD", "NFKC", "NFKD"))
+    drop_control_characters: bool = knob(False, "Remove control characters other than tab and newline.")
+    drop_duplicates: bool = knob(False, "Keep the first of documents with exactly the same cleaned text.")
+
+    tokenizer: str = knob("byte", "Text to ids.", choices=("byte", "char", "sentencepiece", "gpt2", "huggingface"))
+    tokenizer_path: str = knob(
+        "",
+        "sentencepiece: a .model file or its folder (empty: train one on the source); "
+        "gpt2: the folder of encoder.json and vocab.bpe; "
+        "huggingface: a tokenizer.json, or a folder, whose other files count too.",
+    )
+    tokenizer_vocab_size: int = knob(8192, "Vocabulary of a SentencePiece model trained on the source.", at_least=300)
+    add_eos: bool = knob(True, "End each document with the end-of-text token, where the tokenizer has one.")
+    add_bos: bool = knob(True, "Begin each document with the begin-of-text token, where the tokenizer has one.")
+
+    packing: str = knob(
+        "packed",
+        "packed: rows of whole documents and pieces, which never see each other; "
+        "windows: consecutive windows of the concatenated text, in random order.",
+        choices=("packed", "windows"),
+    )
+    seq_len: int = knob(256, "Tokens a row that are predicted.", at_least=1)
+    batch_size: int = knob(16, "Rows a step, over all hosts and micro-batches.", at_least=1)
+    shuffle: bool = knob(True, "Visit rows in an order drawn from the seed, anew each epoch.")
+    prefetch: int = knob(16, "Batches prepared ahead of the step.", at_least=0, shapes_run=False)
+
+
+def check(config: Config) -> None:
+    """Raises `UserError` for data knobs that don't go together."""
+    data = config.data
+    if data.batch_size % config.train.accumulation_steps:
+        raise UserError(
+            f"train.accumulation_steps={config.train.accumulation_steps} does not divide data.batch_size={data.batch_size}."
+        )
+    if data.source in ("text", "jsonl") and not data.path:
+        raise UserError(f"data.source={data.source} needs data.path, a file or a glob.")
+    if data.source == "tfds" and not data.name:
+        raise UserError("data.source=tfds needs data.name, the data set's name.")
+    if data.tokenizer in ("gpt2", "huggingface") and not data.tokenizer_path:
+        what = "the folder of encoder.json and vocab.bpe" if data.tokenizer == "gpt2" else "a tokenizer.json"
+        raise UserError(f"data.tokenizer={data.tokenizer} needs data.tokenizer_path, {what}.")
