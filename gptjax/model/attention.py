@@ -173,6 +173,7 @@ def attend(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array | None = None,
+    *,
     prefix_BT: jax.Array | None = None,
     dropout_keys: jax.Array | None = None,
 ) -> jax.Array:
@@ -240,5 +241,5 @@ class Attention(nn.Module):
             out_BTNH = q_BTNH  # parameters don't depend on it, and a kernel may want longer rows than they are made with
         else:
             keys = rows.dropout_keys if c.attention_dropout else None
-            out_BTNH = attend(c, q_BTNH, k_BTKH, v_BTKH, rows.segment_ids_BT, rows.prefix_BT, keys)
+            out_BTNH = attend(c, q_BTNH, k_BTKH, v_BTKH, rows.segment_ids_BT, prefix_BT=rows.prefix_BT, dropout_keys=keys)
         return output(out_BTNH), cache

@@ -110,7 +110,9 @@ def test_dropout_drops_the_same_weights() -> None:
     config = model("dense", ("grouped", "window", "softcap"), attention_dropout=0.3)
     q, k, v, _ = arrays(config, 2, 260)
     run = jax.jit(attend, static_argnums=0)
-    dense, blockwise = (run(dataclasses.replace(config, attention=name), q, k, v, None, keys) for name in ("dense", "blockwise"))
+    dense, blockwise = (
+        run(dataclasses.replace(config, attention=name), q, k, v, dropout_keys=keys) for name in ("dense", "blockwise")
+    )
     np.testing.assert_allclose(blockwise, dense, rtol=1e-5, atol=1e-6)
     assert float(jnp.abs(dense - run(config, q, k, v)).max()) > 0.1
 

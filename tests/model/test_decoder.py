@@ -19,8 +19,8 @@ from gptjax.model.block import Block
 from gptjax.model.decoder import Decoder
 from gptjax.model.embedding import Embedding
 from gptjax.model.layers import ACTIVATIONS, Norm
-from gptjax.model.positions import rotary_angles
-from gptjax.model.rows import Rows, rotate
+from gptjax.model.positions import rotary_angles, rotate
+from gptjax.model.rows import Rows
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh
 from gptjax.train.objectives import causal
