@@ -23,6 +23,7 @@ from gptjax.config.door import (
     walk,
 )
 from gptjax.config.knobs import UserError, duration, knob
+from gptjax.config.mixture import mixture_sources, mixture_weights
 from gptjax.config.model import ATTENTION_CAPABILITIES, ModelConfig, attention_refusal
 from gptjax.config.objective import ObjectiveConfig
 from gptjax.config.optimizer import OptimizerConfig
@@ -36,6 +37,8 @@ __all__ = [
     "flatten",
     "from_dict",
     "from_json",
+    "mixture_sources",
+    "mixture_weights",
     "to_dict",
     "to_json",
     "underived",

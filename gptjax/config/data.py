@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptjax.config.knobs import UserError, knob
+from gptjax.config.mixture import check_mixture
 
 if TYPE_CHECKING:
     from gptjax.config.schema import Config
@@ -28,6 +29,24 @@ class DataConfig:
         choices=("hash", "tail"),
     )
     eval_fraction: float = knob(0.1, "Share held out for evaluation.", above=0, below=1)
+    mixture: tuple[str, ...] = knob(
+        (),
+        "Several sources, which take the place of source, path, eval_path and name: NAME=stdlib, NAME=text:PATH, "
+        "NAME=jsonl:PATH or NAME=tfds:DATA_SET. Each has its own rows, random order, epochs and held-out part, and its own "
+        "duplicates. Tokenizer, cleaning and packing are shared; a tokenizer that is made from text sees all of them, whatever "
+        "their weights.",
+    )
+    mixture_weights: tuple[str, ...] = knob(
+        (),
+        "Shares of the rows, to any sum: NAME=WEIGHT, or NAME=WEIGHT@PLACE with places from 0, the run's start, to 1, its end: "
+        "straight lines between them, a step where two are at one place; a source of weight 0 is evaluated all the same. "
+        "Empty: by their rows, as if they were one source.",
+    )
+    mixture_settings: tuple[str, ...] = knob(
+        (),
+        "What a source has of its own, NAME.SETTING=VALUE: path, eval_path, name, train_split, eval_split, text_field, split_by, "
+        "eval_fraction; of these the last five are those of `data` for a source that doesn't say.",
+    )
 
     unicode_form: str = knob("none", "Unicode normalisation of each document.", choices=("none", "NFC", "NFD", "NFKC", "NFKD"))
     drop_control_characters: bool = knob(False, "Remove control characters other than tab and newline.")
@@ -63,9 +82,10 @@ def check(config: Config) -> None:
         raise UserError(
             f"train.accumulation_steps={config.train.accumulation_steps} does not divide data.batch_size={data.batch_size}."
         )
-    if data.source in ("text", "jsonl") and not data.path:
+    check_mixture(data)
+    if data.source in ("text", "jsonl") and not data.path and not data.mixture:
         raise UserError(f"data.source={data.source} needs data.path, a file or a glob.")
-    if data.source == "tfds" and not data.name:
+    if data.source == "tfds" and not data.name and not data.mixture:
         raise UserError("data.source=tfds needs data.name, the data set's name.")
     if data.tokenizer in ("gpt2", "huggingface") and not data.tokenizer_path:
         what = "the folder of encoder.json and vocab.bpe" if data.tokenizer == "gpt2" else "a tokenizer.json"

@@ -67,7 +67,8 @@ class EvaluateConfig:
     )
     max_batches: int = knob(
         0,
-        "Batches of the evaluation inside the run; 0: the whole split. The last one is always whole.",
+        "Batches of the evaluation inside the run, of each source of a mixture; 0: the whole split. "
+        "The last evaluation is always whole.",
         at_least=0,
         shapes_run=False,
     )

@@ -6,28 +6,33 @@ each epoch, from a phase of its own, so that no token comes twice in an epoch an
 with replacement, which leaves a fraction exp(-1) of the text unseen after an epoch's worth.) Orders and phases are drawn from
 Philox, a counter-based generator, for (seed, epoch): starting at any step costs nothing.
 
+Of a mixture, each source has such a sequence of its own, whatever the weights; mixture.py says which source a row of the run is
+from, and how many rows of that source came before it.
+
 Orders are drawn here for whole batches, because Grain's own shuffle costs 20 to 40 microseconds a row; Grain iterates over steps,
 and reads ahead in threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gptjax.config import Config, UserError
+from gptjax.config import Config, DataConfig, UserError, mixture_sources, mixture_weights
 from gptjax.data import cache
 from gptjax.data.cleaning import Cleaned, clean
+from gptjax.data.mixture import Shares
 from gptjax.data.packing import Rows, pack
-from gptjax.data.sources import open_sources
+from gptjax.data.sources import Joined, open_sources
 from gptjax.data.tokenizers import SentencePieceTokenizer, Tokenizer, make_tokenizer, train_sentencepiece
 
 Batch = dict[str, np.ndarray]
@@ -45,6 +50,7 @@ class Split:
     names: list[str]
     text_bytes: int
     rows: Rows | None
+    source: str = ""  # its name in a mixture
 
     @property
     def num_tokens(self) -> int:
@@ -52,21 +58,65 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """One split of several sources; `shares` says which rows of the run are whose."""
+
+    splits: dict[str, Split]
+    shares: Shares
+
+
+@dataclass(frozen=True)
 class Dataset:
-    """Both splits; `report` holds plain numbers: documents, tokens, bytes, what was dropped, fill rates, seconds."""
+    """Both splits; `report` holds plain numbers: documents, tokens, bytes, what was dropped, fill rates, seconds.
+
+    Of a mixture, `eval` is one split a source, and the report's numbers are sums, with each source's own under "sources".
+    """
 
     tokenizer: Tokenizer
-    train: Split
-    eval: Split
+    train: Split | Mixture
+    eval: Split | dict[str, Split]
     report: dict[str, Any]
 
 
 def load_dataset(config: Config, log: Callable[[str], Any] = print, cache_dir: pathlib.Path | None = None) -> Dataset:
-    """Opens, cleans, tokenizes (or finds in the cache) and packs the source. Raises `UserError`."""
+    """Opens, cleans, tokenizes (or finds in the cache) and packs the source, or each of a mixture. Raises `UserError`."""
     began = time.perf_counter()
     cache_dir = cache_dir or cache.default_cache_dir()
-    cleaned = clean(open_sources(config.data), config.data)
-    tokenizer = _tokenizer(config, cleaned, cache_dir, log)
+    sources = mixture_sources(config.data) or {"": config.data}
+    cleaned = {}
+    for name, knobs in sources.items():
+        with _naming(name):
+            cleaned[name] = clean(open_sources(knobs), knobs)
+    tokenizer = _tokenizer(config, list(cleaned.values()), cache_dir, log)
+    splits: dict[str, dict[str, Split]] = {}
+    reports: dict[str, dict[str, Any]] = {}
+    for name, documents in cleaned.items():
+        with _naming(name):
+            splits[name], reports[name] = _load_source(config, name, documents, tokenizer, cache_dir)
+        _log(name, sources[name], splits[name].values(), reports[name], log)
+    train = {name: of_source["train"] for name, of_source in splits.items()}
+    held_out = {name: of_source["eval"] for name, of_source in splits.items()}
+    seconds = {"seconds": round(time.perf_counter() - began, 3)}
+    where = "found in" if all(report["from_cache"] for report in reports.values()) else "written to"
+    log(f"data: {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,} ids; {where} the cache, {seconds['seconds']:.1f} s.")
+    if not config.data.mixture:
+        return Dataset(tokenizer, train[""], held_out[""], reports[""] | seconds)
+    return Dataset(tokenizer, Mixture(train, _shares(config, train)), held_out, _add_up(reports) | seconds)
+
+
+@contextlib.contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """An error that says of which source of a mixture it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"data.mixture, source {source}: {error}") if source else error from None
+
+
+def _load_source(
+    config: Config, name: str, cleaned: Cleaned, tokenizer: Tokenizer, cache_dir: pathlib.Path
+) -> tuple[dict[str, Split], dict[str, Any]]:
+    """The splits of one source, and what there is to say of them."""
     around = _delimiters(config, tokenizer)
     key = hashlib.sha256("\n".join([_FORMAT, cleaned.digest, tokenizer.fingerprint, repr(around)]).encode()).hexdigest()[:32]
     entry = cache_dir / f"tokens-{key}"
@@ -74,28 +124,28 @@ def load_dataset(config: Config, log: Callable[[str], Any] = print, cache_dir: p
     was_cached = tokens is not None
     if tokens is None:
         tokens = cache.write_entry(entry, cleaned.splits, tokenizer, around)
-    splits = {name: _split(config, name, part) for name, part in tokens.items()}
-    report = _report(splits, tokenizer, cleaned.report) | {
-        "cache": str(entry), "from_cache": was_cached, "seconds": round(time.perf_counter() - began, 3),
-    }  # fmt: skip
-    dataset = Dataset(tokenizer, splits["train"], splits["eval"], report)
-    _log(dataset, config, log)
-    return dataset
+    splits = {split: _split(config, split, part, name) for split, part in tokens.items()}
+    return splits, _report(splits, tokenizer, cleaned.report) | {"cache": str(entry), "from_cache": was_cached}
 
 
-def _tokenizer(config: Config, cleaned: Cleaned, cache_dir: pathlib.Path, log: Callable[[str], Any]) -> Tokenizer:
-    """The config's tokenizer; a SentencePiece model that is trained on the source is kept in the cache."""
+def _tokenizer(config: Config, cleaned: list[Cleaned], cache_dir: pathlib.Path, log: Callable[[str], Any]) -> Tokenizer:
+    """The config's tokenizer; a SentencePiece model that is trained on the source is kept in the cache.
+
+    Of a mixture it is made from all the sources' text, so that losses under different weights can be compared.
+    """
     data = config.data
+    sources = {split: Joined(*(one.splits[split] for one in cleaned)) for split in cleaned[0].splits}
     if data.tokenizer != "sentencepiece" or data.tokenizer_path:
-        return make_tokenizer(data, cleaned.splits)
+        return make_tokenizer(data, sources)
 
     def train() -> bytes:
         log(f"data: training a SentencePiece model of {data.tokenizer_vocab_size} pieces on the training split.")
-        return train_sentencepiece(cleaned.splits["train"], data.tokenizer_vocab_size)
+        return train_sentencepiece(sources["train"], data.tokenizer_vocab_size)
 
     import sentencepiece
 
-    parts = [_FORMAT, sentencepiece.__version__, cleaned.train_digest, str(data.tokenizer_vocab_size)]
+    digests = [one.train_digest for one in cleaned]
+    parts = [_FORMAT, sentencepiece.__version__, *digests, str(data.tokenizer_vocab_size)]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     return SentencePieceTokenizer(cache.cached_bytes(cache_dir / f"sentencepiece-{key}.model", train))
 
@@ -113,10 +163,10 @@ def _delimiters(config: Config, tokenizer: Tokenizer) -> cache.Delimiters:
     return cache.Delimiters(bos, eos)
 
 
-def _split(config: Config, name: str, part: cache.Tokens) -> Split:
+def _split(config: Config, name: str, part: cache.Tokens, source: str = "") -> Split:
     data = config.data
     rows = pack(part.offsets, data.seq_len) if data.packing == "packed" else None
-    split = Split(name, part.tokens, part.offsets, part.names, part.text_bytes, rows)
+    split = Split(name, part.tokens, part.offsets, part.names, part.text_bytes, rows, source)
     if rows is not None and not len(rows):
         raise UserError(f"the {name} split has {split.num_tokens} tokens and none to predict: no document has two tokens.")
     enough = data.seq_len + 1 if name == "train" else 2
@@ -137,28 +187,67 @@ def _report(splits: dict[str, Split], tokenizer: Tokenizer, dropped: dict[str, i
     }
 
 
-def _log(dataset: Dataset, config: Config, log: Callable[[str], Any]) -> None:
-    report = dataset.report
-    for split in (dataset.train, dataset.eval):
+def _add_up(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The report of a mixture: sums over the sources, and each source's own."""
+    parts = list(reports.values())
+    total: dict[str, Any] = {"vocab_size": parts[0]["vocab_size"]}
+    for key in ("documents", "tokens", "bytes", "rows", "cleaning"):
+        total[key] = {name: sum(part[key][name] or 0 for part in parts) for name in parts[0][key]}
+    if parts[0]["rows"]["train"] is None:
+        total["rows"] = dict.fromkeys(parts[0]["rows"])
+    return total | {"from_cache": all(part["from_cache"] for part in parts), "sources": reports}
+
+
+def _log(source: str, data: DataConfig, splits: Iterable[Split], report: dict[str, Any], log: Callable[[str], Any]) -> None:
+    about = f"{source}: " if source else ""
+    for split in splits:
         rows = f", {len(split.rows):,} rows filled to {split.rows.fill_rate:.1%}" if split.rows else ""
         log(
-            f"data: {split.name}: {len(split.names):,} documents, {split.text_bytes:,} bytes, {split.num_tokens:,} tokens"
+            f"data: {about}{split.name}: {len(split.names):,} documents, {split.text_bytes:,} bytes, {split.num_tokens:,} tokens"
             f" ({split.text_bytes / split.num_tokens:.2f} bytes a token){rows}."
         )
     changed = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in report["cleaning"].items() if count)
-    log(
-        f"data: {config.data.source} source, {dataset.tokenizer.kind} tokenizer of {dataset.tokenizer.vocab_size:,} ids; "
-        f"{'cleaning: ' + changed if changed else 'nothing dropped'}; "
-        f"{'found in' if report['from_cache'] else 'written to'} the cache, {report['seconds']:.1f} s."
-    )
+    log(f"data: {about}{data.source} source; {'cleaning: ' + changed if changed else 'nothing dropped'}.")
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def steps_per_epoch(config: Config, split: Split) -> float:
-    """Steps that take every row of an epoch once."""
+def steps_per_epoch(config: Config, split: Split | Mixture) -> float:
+    """Steps that take every row of an epoch once; of a mixture, as many rows as the sources that are trained on have together."""
+    if isinstance(split, Mixture):
+        return _rows_together(config, split.splits) / config.data.batch_size
     return _rows_per_epoch(config, split) / config.data.batch_size
+
+
+def _rows_together(config: Config, splits: dict[str, Split]) -> int:
+    weights = mixture_weights(config.data)
+    trained = [name for name in splits if not weights or any(weight for _, weight in weights[name])]
+    return sum(_rows_per_epoch(config, splits[name]) for name in trained)
+
+
+def _shares(config: Config, splits: dict[str, Split]) -> Shares:
+    """Whose each row of the run is, with places of the run by its length in rows."""
+    weights = mixture_weights(config.data) or {
+        name: ((0.0, float(_rows_per_epoch(config, split))),) for name, split in splits.items()
+    }
+    steps = config.duration("train", "duration", _rows_together(config, splits) / config.data.batch_size)
+    first = int(_philox(config.train.seed, _MIXTURE, 0).random_raw()) >> 1
+    return Shares.of([weights[name] for name in splits], steps * config.data.batch_size, first)
+
+
+def mixture_figures(config: Config, split: Split | Mixture, step: int) -> dict[str, dict[str, float]]:
+    """{source: its weight in the row after the first `step` steps, the rows that these took, the epochs that those are}; {} where
+    there is no mixture. A function of (config, step), whatever the run has been through.
+    """
+    if not isinstance(split, Mixture):
+        return {}
+    row = step * config.data.batch_size
+    counts = zip(split.splits.items(), split.shares.at(row), split.shares.rows_before(row), strict=True)
+    return {
+        name: {"weight": weight, "rows": rows, "epochs": rows / _rows_per_epoch(config, one)}
+        for (name, one), weight, rows in counts
+    }
 
 
 def _rows_per_epoch(config: Config, split: Split) -> int:
@@ -168,7 +257,9 @@ def _rows_per_epoch(config: Config, split: Split) -> int:
     return max(1, (split.num_tokens - config.data.seq_len) // config.data.seq_len)
 
 
-def train_batches(config: Config, split: Split, start_step: int = 0, share: np.ndarray | None = None) -> Iterator[Batch]:
+def train_batches(
+    config: Config, split: Split | Mixture, start_step: int = 0, share: np.ndarray | None = None
+) -> Iterator[Batch]:
     """The batches of steps `start_step`, `start_step` + 1, ... without end; `share`: of their rows only these, ascending.
 
     int32 [rows, seq_len + 1] `tokens`, `segment_ids` (1, 2, ... within a row, 0 for padding) and `positions` (from 0 in each
@@ -194,18 +285,47 @@ def _share(batch_size: int, share: np.ndarray | None) -> np.ndarray:
     return share
 
 
-def _train_batch(config: Config, split: Split, step: int, share: np.ndarray) -> Batch:
+def _train_batch(config: Config, split: Split | Mixture, step: int, share: np.ndarray) -> Batch:
     numbers = step * config.data.batch_size + share
+    if isinstance(split, Split):
+        return _rows(config, split, numbers)
+    batch: Batch = {}
+    for one, where, places in _by_source(split, numbers):
+        for name, rows in _rows(config, one, places).items():
+            batch.setdefault(name, np.empty((len(numbers), *rows.shape[1:]), rows.dtype))[where] = rows
+    return batch
+
+
+def _by_source(mixture: Mixture, numbers: np.ndarray) -> Iterator[tuple[Split, np.ndarray, np.ndarray]]:
+    """(split, which of `numbers` are its, their places in its own sequence of rows) of the sources that have any."""
+    sources, places = mixture.shares.assign(numbers)
+    for index, split in enumerate(mixture.splits.values()):
+        where = np.flatnonzero(sources == index)
+        if len(where):
+            yield split, where, places[where]
+
+
+def _rows(config: Config, split: Split, numbers: np.ndarray) -> Batch:
+    """The rows at places `numbers` (ascending) of a source's infinite sequence."""
     epochs, rows = _epoch_rows(config, split, numbers)
     if split.rows is not None:
         return split.rows.batch(split.tokens, rows)
     return _windows(split, _window_starts(config, split, epochs, rows), config.data.seq_len)
 
 
-def batch_documents(config: Config, split: Split, step: int) -> list[str]:
-    """Names of the documents in the global batch of `step`, each once, in the order of the source."""
+def batch_documents(config: Config, split: Split | Mixture, step: int) -> list[str]:
+    """Names of the documents in the global batch of `step`, each once, in the order of the source; of a mixture SOURCE:DOCUMENT,
+    source after source.
+    """
     size = config.data.batch_size
     numbers = np.arange(step * size, (step + 1) * size)
+    if isinstance(split, Split):
+        return _documents(config, split, numbers)
+    parts = _by_source(split, numbers)
+    return [f"{one.source}:{name}" for one, _, places in parts for name in _documents(config, one, places)]
+
+
+def _documents(config: Config, split: Split, numbers: np.ndarray) -> list[str]:
     epochs, rows = _epoch_rows(config, split, numbers)
     if split.rows is not None:
         found = split.rows.documents(rows)
@@ -225,24 +345,37 @@ def _epoch_rows(config: Config, split: Split, numbers: np.ndarray) -> tuple[np.n
     rows = np.empty_like(places)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         here = epochs == epoch
-        rows[here] = _epoch_order(config.train.seed, epoch, count)[places[here]]
+        rows[here] = _epoch_order(config.train.seed, epoch, count, split.source)[places[here]]
     return epochs, rows
 
 
-@functools.lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+def _epoch_order(seed: int, epoch: int, count: int, source: str = "") -> np.ndarray:
     """int64 [count], a random order: that of random keys. Numpy promises to keep the bits of Philox, but not its own shuffle."""
-    order = np.argsort(_philox(seed, _ORDER, epoch).random_raw(count), kind="stable")
-    order.flags.writeable = False
-    return order
+    return _orders(source)(seed, epoch, count)
 
 
-_ORDER, _PHASE = 1, 2  # purposes, so that the two never draw the same numbers
+@functools.cache
+def _orders(source: str) -> Callable[[int, int, int], np.ndarray]:
+    """Each source keeps its latest orders itself: of many sources, none must be drawn anew for every batch."""
+
+    @functools.lru_cache(maxsize=4)
+    def draw(seed: int, epoch: int, count: int) -> np.ndarray:
+        order = np.argsort(_philox(seed, _ORDER, epoch, source).random_raw(count), kind="stable")
+        order.flags.writeable = False
+        return order
+
+    return draw
 
 
-def _philox(seed: int, purpose: int, stream: int) -> np.random.Philox:
-    """Philox 4x64 (Salmon et al. 2011) at the start of one of its streams."""
-    return np.random.Philox(key=np.asarray([seed, purpose], np.uint64), counter=np.asarray([0, 0, stream, 0], np.uint64))
+_ORDER, _PHASE, _MIXTURE = 1, 2, 3  # purposes, so that no two draw the same numbers
+
+
+def _philox(seed: int, purpose: int, epoch: int, source: str = "") -> np.random.Philox:
+    """Philox 4x64 (Salmon et al. 2011) at the start of one of its streams. A source's depends on its name alone, so that
+    another one beside it changes none of its orders.
+    """
+    stream = int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8).digest()) if source else 0
+    return np.random.Philox(key=np.asarray([seed, purpose], np.uint64), counter=np.asarray([0, 0, epoch, stream], np.uint64))
 
 
 def _window_starts(config: Config, split: Split, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -252,7 +385,7 @@ def _window_starts(config: Config, split: Split, epochs: np.ndarray, rows: np.nd
     room = split.num_tokens - _rows_per_epoch(config, split) * seq_len  # phases that leave every window whole
     if config.data.shuffle:
         for epoch in np.unique(epochs):
-            raw = _philox(config.train.seed, _PHASE, int(epoch)).random_raw()
+            raw = _philox(config.train.seed, _PHASE, int(epoch), split.source).random_raw()
             phases[epochs == epoch] = int(raw) % room  # the remainder's bias is below 2 * seq_len / 2**64
     return phases + rows * seq_len
 

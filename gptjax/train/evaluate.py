@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError
-from gptjax.data.pipeline import Dataset, eval_batches
+from gptjax.data.pipeline import Dataset, Split, eval_batches
 from gptjax.model.decoder import output_table
 from gptjax.parallel import hosts
 from gptjax.parallel.mesh import check_divides
@@ -62,17 +62,29 @@ def token_byte_counts(config: Config, dataset: Dataset) -> np.ndarray:
 
 def evaluate(config: Config, params: Any, dataset: Dataset, mesh: Mesh, max_batches: int = 0) -> dict[str, float | int]:
     """{"loss" (nats a target), "perplexity", "bits_per_byte", "tokens", "bytes"} of `dataset.eval`; max_batches=0: the whole
-    split.
+    split. Of a mixture, these are over the targets of all sources' splits together, whatever the weights, and SOURCE/loss and so
+    on are each source's own; max_batches is then of each source.
 
     Rows are summed on the device in float32 and added here in float64, always in the order of the split.
     """
     check_divides(config, mesh)
+    if isinstance(dataset.eval, Split):
+        return _figures(_totals(config, params, dataset, dataset.eval, mesh, max_batches))
+    totals = {name: _totals(config, params, dataset, split, mesh, max_batches) for name, split in dataset.eval.items()}
+    figures = _figures(np.sum(list(totals.values()), axis=0))
+    for source, own in totals.items():
+        figures |= {f"{source}/{name}": value for name, value in _figures(own, f"the evaluation split of {source}").items()}
+    return figures
+
+
+def _totals(config: Config, params: Any, dataset: Dataset, split: Split, mesh: Mesh, max_batches: int) -> np.ndarray:
+    """float64 [3]: the sums of `_sums` over a split."""
     rows = config.evaluate.batch_size or config.data.batch_size // config.train.accumulation_steps
     step = make_eval_step(config, mesh)
     with use_rules(config.mesh):
         layout = batch_sharding(mesh)
     token_bytes = jax.device_put(token_byte_counts(config, dataset), replicated(mesh))
-    batches = eval_batches(config, dataset.eval, rows, hosts.batch_rows(layout, rows))
+    batches = eval_batches(config, split, rows, hosts.batch_rows(layout, rows))
     totals = np.zeros(3)
     pending: Any = None
     for number, batch in enumerate(itertools.islice(batches, max_batches or None)):
@@ -83,9 +95,13 @@ def evaluate(config: Config, params: Any, dataset: Dataset, mesh: Mesh, max_batc
         pending = sums
     if pending is not None:
         totals += [np.sum(np.asarray(column), dtype=np.float64) for column in pending]
+    return totals
+
+
+def _figures(totals: np.ndarray, what: str = "the evaluation split") -> dict[str, float | int]:
     nats, tokens, text_bytes = totals.tolist()
     if tokens == 0:
-        raise UserError("the evaluation split has no token to predict; give it more text.")
+        raise UserError(f"{what} has no token to predict; give it more text.")
     loss = nats / tokens
     return {
         "loss": loss,
@@ -94,3 +110,13 @@ def evaluate(config: Config, params: Any, dataset: Dataset, mesh: Mesh, max_batc
         "tokens": int(tokens),
         "bytes": int(text_bytes),
     }
+
+
+def by_source(figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{source: its loss, perplexity, bits_per_byte, tokens} of what `evaluate` gave; {} where there is no mixture."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in figures.items():
+        source, slash, name = key.partition("/")
+        if slash and name != "bytes":
+            found.setdefault(source, {})[name] = value
+    return found

@@ -23,7 +23,8 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError, flatten, to_dict
-from gptjax.data.pipeline import Dataset, batch_documents, load_dataset, steps_per_epoch, train_batches
+from gptjax.data.mixture import describe
+from gptjax.data.pipeline import Dataset, batch_documents, load_dataset, mixture_figures, steps_per_epoch, train_batches
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.text import generate_text
@@ -31,7 +32,7 @@ from gptjax.parallel import hosts
 from gptjax.parallel.mesh import check_divides, make_mesh
 from gptjax.parallel.sharding import batch_sharding, use_rules
 from gptjax.train.checkpoints import CheckpointError, Checkpoints
-from gptjax.train.evaluate import evaluate
+from gptjax.train.evaluate import by_source, evaluate
 from gptjax.train.flops import describe_mfu, device_peak, flops_per_token, mfu
 from gptjax.train.metrics import LiveLine, MetricsWriter, draw_loss_curve, log_to_stderr, parameter_table
 from gptjax.train.optimizers import Lengths, evaluation_params
@@ -306,6 +307,8 @@ def _read(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
         "mfu": mfu(rate, flops_per_token(c.model, c.data.seq_len), run.mesh.size, peak),
         "seconds": run.seconds,
     } | {name: value for name, value in values.items() if name.startswith("moe/")}
+    for source, figures in mixture_figures(c, run.dataset.train, step).items():
+        row |= {f"mixture/{source}/{name}": value for name, value in figures.items()}
     run.metrics.write(row)
     run.line.row(row)
 
@@ -393,8 +396,14 @@ def _finish(run: Run, state: TrainState) -> dict[str, Any]:
         "nonfinite_steps": int(state.nonfinite_steps),
         "state_sha256": state_sha256(state),
     } | environment()
+    sources = mixture_figures(run.config, run.dataset.train, total)
+    if sources:
+        result["mixture"] = sources
     if not hosts.is_primary():
         return result
+    if sources:
+        evaluated = by_source(run.figures)
+        run.line(describe({name: figures | evaluated[name] for name, figures in sources.items()}))
     write_result(run.workdir, result)
     picture = draw_loss_curve(run.workdir)
     where = f"{run.workdir / 'result.json'}" + (f", {picture}" if picture else "")

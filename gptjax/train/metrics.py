@@ -7,6 +7,8 @@ A row is a flat dict. The names that others read:
     tokens_per_second      over a moving window, compilation and evaluation left out
     learning_rate, gradient_norm, mfu, ...
     moe/load_balance       1 where the experts' load is even; moe/router_z, moe/busiest: see model/experts.py
+    eval/SOURCE/loss, ...  of each source of a mixture by itself; eval/loss is over the tokens of all
+    mixture/SOURCE/rows    rows taken from it so far; mixture/SOURCE/epochs of its own; mixture/SOURCE/weight, its share just now
     moe/dropped            (token, expert) choices of all layers that found no place; moe/dropped_fraction: of all choices
 """
 

@@ -31,9 +31,10 @@ def add(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     workdir, config = run_config(arguments)
+    from gptjax.data.mixture import describe
     from gptjax.generate.weights import check, rounded
     from gptjax.parallel.mesh import make_mesh
-    from gptjax.train.evaluate import evaluate
+    from gptjax.train.evaluate import by_source, evaluate
     from gptjax.train.loop import load_data
     from gptjax.train.restore import load_run
 
@@ -57,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"step {figures['step']}: loss {figures['loss']:.4f} nats a token, perplexity {figures['perplexity']:.3f}, "
             f"{figures['bits_per_byte']:.4f} bits per byte over {figures['tokens']} tokens ({figures['bytes']} bytes)"
         )
+        if sources := by_source(figures):
+            print(describe(sources))
         if arguments.weights:
             other = figures[arguments.weights]
             print(
