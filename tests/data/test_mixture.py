@@ -87,7 +87,7 @@ def test_the_golden_ratio():
 
 
 def test_level_counts_are_within_a_few_rows_of_the_shares():
-    for seed in range(3):
+    for seed in range(2):
         shares = Shares.of(LEVEL, 10**6, first=(seed * 7919 + 1) << 40)
         sources, _ = shares.assign(np.arange(10**6))
         for source, share in enumerate((5 / 8, 2 / 8, 0, 1 / 8)):
@@ -136,12 +136,12 @@ SCHEDULE = ("a=0.9@0", "a=0.1@1", "b=0.1@0", "b=0.5@0.5", "b=0@0.5", "c=0.3")
 def test_starts_shares_and_batch_sizes_give_the_same_rows(folder, packing):
     config, dataset = make(folder, SCHEDULE, packing=packing)
     whole = take(pipeline.train_batches(config, dataset.train), 110)  # past the schedule's end
-    for start in (1, 17, 64, 99, 103):
+    for start in (1, 64, 103):
         for step, batch in enumerate(take(pipeline.train_batches(config, dataset.train, start), 5), start):
             for name in batch:
                 np.testing.assert_array_equal(batch[name], whole[step][name])
     for rows in (np.array([0, 3, 4]), np.array([6]), np.arange(8)):
-        part = take(pipeline.train_batches(config, dataset.train, 20, rows), 30)
+        part = take(pipeline.train_batches(config, dataset.train, 20, rows), 10)
         for step, batch in enumerate(part, 20):
             assert {array.dtype for array in batch.values()} == {np.dtype(np.int32)}
             np.testing.assert_array_equal(batch["tokens"], whole[step]["tokens"][rows])
