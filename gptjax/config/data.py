@@ -48,6 +48,13 @@ class DataConfig:
         "eval_fraction; of these the last five are those of `data` for a source that doesn't say.",
     )
 
+    verify_files: bool = knob(
+        False,
+        "Read and hash all text at each start, also of files whose path, size, inode and times of change are as they were when "
+        "they were last read.",
+        shapes_run=False,
+    )
+
     unicode_form: str = knob("none", "Unicode normalisation of each document.", choices=("none", "NFC", "NFD", "NFKC", "NFKD"))
     drop_control_characters: bool = knob(False, "Remove control characters other than tab and newline.")
     drop_duplicates: bool = knob(False, "Keep the first of documents with exactly the same cleaned text.")

@@ -158,16 +158,34 @@ def _temporary_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def cached_bytes(path: pathlib.Path, make: Callable[[], bytes]) -> bytes:
-    """The file's content, made and kept where it is missing. The last 32 bytes of the file are a checksum."""
+    """The file's content, made and kept where it is missing or damaged."""
+    content = stored_bytes(path)
+    if content is None:
+        content = make()
+        store_bytes(path, content)
+    return content
+
+
+def stored_bytes(path: pathlib.Path) -> bytes | None:
+    """What `store_bytes` kept; None where it is missing or damaged."""
     with contextlib.suppress(OSError):
         stored = path.read_bytes()
         if hashlib.sha256(stored[:-32]).digest() == stored[-32:]:
             return stored[:-32]
-    content = make()
+    return None
+
+
+def store_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Keeps `content`, with a checksum in the file's last 32 bytes."""
     with _disk(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content + hashlib.sha256(content).digest())
-    return content
+
+
+def note_bytes(path: pathlib.Path, content: bytes) -> None:
+    """`store_bytes` for what only saves time: a cache that others filled, and that cannot be written, serves all the same."""
+    with contextlib.suppress(UserError):
+        store_bytes(path, content)
 
 
 @contextlib.contextmanager

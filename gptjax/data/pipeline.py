@@ -29,11 +29,12 @@ import numpy as np
 
 from gptjax.config import Config, DataConfig, UserError, mixture_sources, mixture_weights
 from gptjax.data import cache
-from gptjax.data.cleaning import Cleaned, clean
+from gptjax.data.cleaning import Cleaned
 from gptjax.data.mixture import Shares
 from gptjax.data.packing import Rows, pack
-from gptjax.data.sources import Joined, open_sources
-from gptjax.data.tokenizers import SentencePieceTokenizer, Tokenizer, make_tokenizer, train_sentencepiece
+from gptjax.data.recall import Deferred, read_or_recall
+from gptjax.data.sources import Joined, Source
+from gptjax.data.tokenizers import CharTokenizer, SentencePieceTokenizer, Tokenizer, make_tokenizer, train_sentencepiece
 
 Batch = dict[str, np.ndarray]
 _FORMAT = "1"  # part of every cache key: a change of what an entry holds changes it
@@ -83,16 +84,18 @@ def load_dataset(config: Config, log: Callable[[str], Any] = print, cache_dir: p
     began = time.perf_counter()
     cache_dir = cache_dir or cache.default_cache_dir()
     sources = mixture_sources(config.data) or {"": config.data}
-    cleaned = {}
+    cleaned: dict[str, Cleaned] = {}
+    unread: dict[str, bool] = {}
     for name, knobs in sources.items():
         with _naming(name):
-            cleaned[name] = clean(open_sources(knobs), knobs)
+            cleaned[name], unread[name] = read_or_recall(knobs, cache_dir)
     tokenizer = _tokenizer(config, list(cleaned.values()), cache_dir, log)
     splits: dict[str, dict[str, Split]] = {}
     reports: dict[str, dict[str, Any]] = {}
     for name, documents in cleaned.items():
         with _naming(name):
             splits[name], reports[name] = _load_source(config, name, documents, tokenizer, cache_dir)
+        reports[name]["files_unread"] = unread[name]
         _log(name, sources[name], splits[name].values(), reports[name], log)
     train = {name: of_source["train"] for name, of_source in splits.items()}
     held_out = {name: of_source["eval"] for name, of_source in splits.items()}
@@ -118,8 +121,7 @@ def _load_source(
 ) -> tuple[dict[str, Split], dict[str, Any]]:
     """The splits of one source, and what there is to say of them."""
     around = _delimiters(config, tokenizer)
-    key = hashlib.sha256("\n".join([_FORMAT, cleaned.digest, tokenizer.fingerprint, repr(around)]).encode()).hexdigest()[:32]
-    entry = cache_dir / f"tokens-{key}"
+    entry = cache_dir / f"tokens-{_key(_FORMAT, cleaned.digest, tokenizer.fingerprint, repr(around))}"
     tokens = cache.read_entry(entry)
     was_cached = tokens is not None
     if tokens is None:
@@ -134,7 +136,18 @@ def _tokenizer(config: Config, cleaned: list[Cleaned], cache_dir: pathlib.Path, 
     Of a mixture it is made from all the sources' text, so that losses under different weights can be compared.
     """
     data = config.data
-    sources = {split: Joined(*(one.splits[split] for one in cleaned)) for split in cleaned[0].splits}
+
+    def together(split: str) -> Source:
+        return Joined(*(one.splits[split] for one in cleaned))
+
+    sources: dict[str, Source] = {split: Deferred(functools.partial(together, split)) for split in ("train", "eval")}
+    if data.tokenizer == "char":
+        path = cache_dir / f"characters-{_key(_FORMAT, *(one.digest for one in cleaned))}.json"
+        alphabet = cache.stored_bytes(path)
+        if alphabet is None:
+            alphabet = make_tokenizer(data, sources).files()["alphabet.json"]
+            cache.note_bytes(path, alphabet)
+        return CharTokenizer.from_files({"alphabet.json": alphabet})
     if data.tokenizer != "sentencepiece" or data.tokenizer_path:
         return make_tokenizer(data, sources)
 
@@ -145,9 +158,12 @@ def _tokenizer(config: Config, cleaned: list[Cleaned], cache_dir: pathlib.Path, 
     import sentencepiece
 
     digests = [one.train_digest for one in cleaned]
-    parts = [_FORMAT, sentencepiece.__version__, *digests, str(data.tokenizer_vocab_size)]
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    key = _key(_FORMAT, sentencepiece.__version__, *digests, str(data.tokenizer_vocab_size))
     return SentencePieceTokenizer(cache.cached_bytes(cache_dir / f"sentencepiece-{key}.model", train))
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def _delimiters(config: Config, tokenizer: Tokenizer) -> cache.Delimiters:
@@ -207,7 +223,8 @@ def _log(source: str, data: DataConfig, splits: Iterable[Split], report: dict[st
             f" ({split.text_bytes / split.num_tokens:.2f} bytes a token){rows}."
         )
     changed = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in report["cleaning"].items() if count)
-    log(f"data: {about}{data.source} source; {'cleaning: ' + changed if changed else 'nothing dropped'}.")
+    unread = "; not read again, the files are as they were" if report["files_unread"] else ""
+    log(f"data: {about}{data.source} source; {'cleaning: ' + changed if changed else 'nothing dropped'}{unread}.")
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -211,6 +211,16 @@ def _open_jsonl(config: DataConfig) -> dict[str, Source]:
     return _open_files(config, lambda files: JsonlSource(files, config.text_field))
 
 
+def source_files(config: DataConfig) -> list[list[tuple[str, pathlib.Path]]] | None:
+    """(name, path) of the files that `open_sources` would read, split by split; None where it does not read files itself."""
+    if config.source == "stdlib":
+        return [_stdlib_files()]
+    if config.source not in ("text", "jsonl"):
+        return None
+    held_out = [find_files(config.eval_path, "data.eval_path")] if config.eval_path else []
+    return [find_files(config.path, "data.path"), *held_out]
+
+
 def _open_files(config: DataConfig, make: Callable[[list[tuple[str, pathlib.Path]]], Source]) -> dict[str, Source]:
     train = make(find_files(config.path, "data.path"))
     if config.eval_path:

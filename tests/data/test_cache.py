@@ -30,7 +30,7 @@ def load(folder, **data):
 
 
 def entry_of(folder) -> pathlib.Path:
-    (entry,) = (folder / "cache").iterdir()
+    (entry,) = (path for path in (folder / "cache").iterdir() if not path.name.startswith("read-"))
     return entry
 
 

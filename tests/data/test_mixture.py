@@ -194,6 +194,12 @@ def test_no_weights_mean_the_rows_of_each(folder):
     assert "b" not in sources_of(take(pipeline.train_batches(config, dataset.train), 100))
 
 
+def test_orders_of_sources_are_their_own():
+    orders = [pipeline._epoch_order(0, 0, 1000, source) for source in ("", "a", "b")]
+    for one, other in itertools.combinations(orders, 2):
+        assert (one == other).sum() < 10
+
+
 def test_seed_changes_whose_rows_come_first(folder):
     kinds = [
         sources_of(take(pipeline.train_batches(*(made := make(folder, seed=seed))[:1], made[1].train), 10)) for seed in (0, 1)
