@@ -85,6 +85,14 @@ def test_another_reading_or_a_wish_to_verify_reads(corpus, knob):
     assert not load(corpus, **knob).report["files_unread"]
 
 
+def test_other_names_of_the_same_files_read(corpus):
+    """Names are relative to a glob's fixed folder, and decide what is held out."""
+    load(corpus)
+    letters, last = corpus.name[:-1], corpus.name[-1]
+    second = load(corpus, path=f"{corpus.parent}/{letters}[{last}]/*.txt")
+    assert not second.report["files_unread"] and "/" in second.train.names[0]
+
+
 def test_files_changed_just_now_are_read_again(corpus, monkeypatch):
     monkeypatch.setattr(recall, "_SETTLED_SECONDS", 3600.0)
     load(corpus)
