@@ -253,14 +253,13 @@ def _shares(config: Config, splits: dict[str, Split]) -> Shares:
     return Shares.of([weights[name] for name in splits], steps * config.data.batch_size, first)
 
 
-def mixture_figures(config: Config, split: Split | Mixture, step: int) -> dict[str, dict[str, float]]:
-    """{source: its weight in the row after the first `step` steps, the rows that these took, the epochs that those are}; {} where
-    there is no mixture. A function of (config, step), whatever the run has been through.
+def mixture_figures(config: Config, split: Split | Mixture, num_rows: int) -> dict[str, dict[str, float]]:
+    """{source: its weight after the first `num_rows` rows of the run, how many of these are its, the epochs that those are}; {}
+    where there is no mixture. A function of (config, num_rows), whatever the run has been through.
     """
     if not isinstance(split, Mixture):
         return {}
-    row = step * config.data.batch_size
-    counts = zip(split.splits.items(), split.shares.at(row), split.shares.rows_before(row), strict=True)
+    counts = zip(split.splits.items(), split.shares.at(num_rows), split.shares.rows_before(num_rows), strict=True)
     return {
         name: {"weight": weight, "rows": rows, "epochs": rows / _rows_per_epoch(config, one)}
         for (name, one), weight, rows in counts
@@ -285,7 +284,10 @@ def train_batches(
     import grain
 
     share = _share(config.data.batch_size, share)
-    batches = grain.MapDataset.range(start_step, _LAST_STEP).map(lambda step: _train_batch(config, split, int(step), share))
+    size = config.data.batch_size
+    batches = grain.MapDataset.range(start_step, _LAST_STEP).map(
+        lambda step: _train_batch(config, split, int(step) * size + share)
+    )
     ahead = config.data.prefetch
     options = grain.ReadOptions(num_threads=_PREFETCH_THREADS if ahead else 0, prefetch_buffer_size=ahead)
     return iter(batches.to_iter_dataset(options))
@@ -302,8 +304,8 @@ def _share(batch_size: int, share: np.ndarray | None) -> np.ndarray:
     return share
 
 
-def _train_batch(config: Config, split: Split | Mixture, step: int, share: np.ndarray) -> Batch:
-    numbers = step * config.data.batch_size + share
+def _train_batch(config: Config, split: Split | Mixture, numbers: np.ndarray) -> Batch:
+    """Those rows (ascending) of the infinite sequence."""
     if isinstance(split, Split):
         return _rows(config, split, numbers)
     batch: Batch = {}

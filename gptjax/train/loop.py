@@ -307,7 +307,7 @@ def _read(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
         "mfu": mfu(rate, flops_per_token(c.model, c.data.seq_len), run.mesh.size, peak),
         "seconds": run.seconds,
     } | {name: value for name, value in values.items() if name.startswith("moe/")}
-    for source, figures in mixture_figures(c, run.dataset.train, step).items():
+    for source, figures in mixture_figures(c, run.dataset.train, step * c.data.batch_size).items():
         row |= {f"mixture/{source}/{name}": value for name, value in figures.items()}
     run.metrics.write(row)
     run.line.row(row)
@@ -396,7 +396,7 @@ def _finish(run: Run, state: TrainState) -> dict[str, Any]:
         "nonfinite_steps": int(state.nonfinite_steps),
         "state_sha256": state_sha256(state),
     } | environment()
-    sources = mixture_figures(run.config, run.dataset.train, total)
+    sources = mixture_figures(run.config, run.dataset.train, total * run.config.data.batch_size)
     if sources:
         result["mixture"] = sources
     if not hosts.is_primary():

@@ -159,7 +159,7 @@ def test_each_source_is_visited_as_if_it_were_alone(folder, packing):
     batches = take(pipeline.train_batches(config, dataset.train), 90)
     kinds = np.array(sources_of(batches))
     tokens = np.concatenate([batch["tokens"] for batch in batches])
-    figures = pipeline.mixture_figures(config, dataset.train, 90)
+    figures = pipeline.mixture_figures(config, dataset.train, 8 * 90)
     for name in NAMES:
         alone, one = make(folder, (), names=(name,), packing=packing)
         own = tokens[kinds == name]

@@ -78,7 +78,7 @@ def test_rows_say_what_was_taken_of_each_source(finished):
     result = json.loads((finished / "result.json").read_text())
     config = from_json(finished / "config.json")
     dataset = load_dataset(config, log=lambda line: None)
-    assert result["mixture"] == mixture_figures(config, dataset.train, 12)
+    assert result["mixture"] == mixture_figures(config, dataset.train, 4 * 12)
 
 
 def test_each_source_is_evaluated_and_all_together(finished, capsys):
