@@ -13,15 +13,8 @@ import optax
 import pytest
 
 from gptjax.config import UserError
-from gptjax.train.optimizers import (
-    OPTIMIZERS,
-    Lengths,
-    decay_mask,
-    evaluation_params,
-    make_optimizer,
-    make_schedule,
-    parameter_path,
-)
+from gptjax.train.groups import decay_mask, parameter_path
+from gptjax.train.optimizers import OPTIMIZERS, Lengths, evaluation_params, make_optimizer, make_schedule
 from gptjax.train.state import TrainState
 from tests.small import GPT2, LLAMA, random_params, small, tree_close, tree_equal
 
@@ -127,7 +120,8 @@ def test_decay_is_rate_times_weight_decay_times_parameter(name: str) -> None:
 
 def updated(config: Any, params: Any, gradients: list[Any]) -> list[Any]:
     """Parameters after each gradient."""
-    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, Lengths.of(config, 1.0)))
+    lengths = Lengths.of(config, 1.0)
+    optimizer: Any = make_optimizer(config, make_schedule(config.optimizer, lengths), lengths.total)
 
     @jax.jit
     def step(params: Any, state: Any, gradient: Any) -> Any:
@@ -303,7 +297,7 @@ def test_schedule_free_evaluates_its_average() -> None:
     config = small(optimizer__name="schedule_free_adamw", optimizer__learning_rate=0.1, optimizer__schedule="constant",
                    optimizer__weight_decay=0.0, optimizer__warmup_steps=3)  # fmt: skip
     c = config.optimizer
-    optimizer = make_optimizer(c, make_schedule(c, Lengths.of(config, 1.0)))
+    optimizer = make_optimizer(config, make_schedule(c, Lengths.of(config, 1.0)), 20)
     params = {"head": jnp.array([1.0, -2.0])}
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     rates = [0.1 * min(n / 3, 1) for n in range(1, 7)]
@@ -320,9 +314,9 @@ def test_schedule_free_evaluates_its_average() -> None:
     zero = jnp.int32(0)
     whole = TrainState(zero, params, state, None, zero, zero, zero)
     np.testing.assert_allclose(params["head"], y, rtol=1e-5)
-    np.testing.assert_allclose(evaluation_params(c, whole)["head"], average, rtol=1e-5)
+    np.testing.assert_allclose(evaluation_params(config, whole)["head"], average, rtol=1e-5)
     assert np.abs(average - y).max() > 1e-3
-    tree_equal(evaluation_params(c, whole.replace(ema_params={"head": jnp.zeros(2)})), {"head": jnp.zeros(2)})
+    tree_equal(evaluation_params(config, whole.replace(ema_params={"head": jnp.zeros(2)})), {"head": jnp.zeros(2)})
 
 
 @pytest.mark.parametrize("name", ["muon", "adafactor"])
@@ -331,7 +325,7 @@ def test_each_expert_is_a_matrix_of_its_own(name: str) -> None:
     rng = np.random.default_rng(0)
     shapes = {"up": (2, 3, 128, 130), "router": (2, 128, 3)}
     config = small(optimizer__name=name)
-    optimizer = make_optimizer(config.optimizer, lambda n: 0.1)
+    optimizer = make_optimizer(config, lambda n: 0.1, 20)
 
     def update(params: Any, gradients: Any) -> Any:
         return optimizer.update(gradients, optimizer.init(params), params)[0]
@@ -362,7 +356,7 @@ def test_adafactor_factors_the_second_moments_of_heads_and_takes_each_layer_by_i
     config = small(
         optimizer__name="adafactor", optimizer__learning_rate=0.1, optimizer__schedule="constant", optimizer__weight_decay=0.0
     )
-    optimizer = make_optimizer(config.optimizer, lambda n: 0.1)
+    optimizer = make_optimizer(config, lambda n: 0.1, 20)
     state = optimizer.init(tree)
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 4 * layers * width
     updates, _ = optimizer.update(gradients, state, tree)
