@@ -105,7 +105,7 @@ def test_weight_decay_mask(kind: str) -> None:
 def test_decay_is_rate_times_weight_decay_times_parameter(name: str) -> None:
     """With gradients of 0 nothing else moves: p (1 - rate * decay), whatever the rule."""
     knobs = LLAMA | {"optimizer.name": name, "optimizer.learning_rate": 0.5, "optimizer.muon_adam_learning_rate": 0.5}
-    config = small(knobs, optimizer__weight_decay=0.1, optimizer__schedule="constant")
+    config = small(knobs, optimizer__weight_decay=0.1, optimizer__schedule="constant", optimizer__prodigy_initial_rate=1.0)
     params = random_params(config)
     (moved,) = updated(config, params, [jax.tree.map(jnp.zeros_like, params)])
     before, after = named(params), named(moved)
@@ -119,13 +119,14 @@ def test_decay_is_rate_times_weight_decay_times_parameter(name: str) -> None:
 
 
 def updated(config: Any, params: Any, gradients: list[Any]) -> list[Any]:
-    """Parameters after each gradient."""
+    """Parameters after each gradient; where a rule wants the curvature too, it is the gradient squared."""
     lengths = Lengths.of(config, 1.0)
     optimizer: Any = make_optimizer(config, make_schedule(config.optimizer, lengths), lengths.total)
 
     @jax.jit
     def step(params: Any, state: Any, gradient: Any) -> Any:
-        updates, state = optimizer.update(gradient, state, params)
+        extra = {"curvature": jax.tree.map(jnp.square, gradient)} if config.optimizer.name == "sophia" else {}
+        updates, state = optimizer.update(gradient, state, params, **extra)
         return optax.apply_updates(params, updates), state
 
     state, out = jax.jit(optimizer.init)(params), []
@@ -182,11 +183,44 @@ def schedule_free_64(c: Any, rates: list[float], decay: float, y: np.ndarray, gr
     return out
 
 
+def sophia_64(c: Any, rates: list[float], decay: float, p: np.ndarray, gradients: list[np.ndarray]) -> list[np.ndarray]:
+    """Algorithm 3 of Liu et al. (2023), with squared gradients as the estimates."""
+    m = h = np.zeros_like(p)
+    out = []
+    for t, (rate, g) in enumerate(zip(rates, gradients, strict=True), 1):
+        m = c.beta1 * m + (1 - c.beta1) * g
+        if t % c.sophia_estimate_every == 1:
+            h = c.beta2 * h + (1 - c.beta2) * g * g
+        p = p - rate * decay * p - rate * np.clip(m / np.maximum(c.sophia_gamma * h, c.epsilon), -1, 1)
+        out.append(p)
+    return out
+
+
+def ademamix_64(c: Any, rates: list[float], decay: float, p: np.ndarray, gradients: list[np.ndarray]) -> list[np.ndarray]:
+    """Pagliardini et al. (2024), both warm-ups over half of the run's 8 steps."""
+    m1 = m2 = v = np.zeros_like(p)
+    out = []
+    for t, (rate, g) in enumerate(zip(rates, gradients, strict=True), 1):
+        share = min(t / 4, 1)
+        alpha = c.ademamix_alpha * share
+        # the decay's half-life goes linearly from beta1's to beta3's
+        half_life = (1 - share) * np.log(0.5) / np.log(c.beta1) + share * np.log(0.5) / np.log(c.ademamix_beta3)
+        beta3 = 0.5 ** (1 / half_life)
+        m1, m2 = c.beta1 * m1 + (1 - c.beta1) * g, beta3 * m2 + (1 - beta3) * g
+        v = c.beta2 * v + (1 - c.beta2) * g * g
+        direction = (m1 / (1 - c.beta1**t) + alpha * m2) / (np.sqrt(v / (1 - c.beta2**t)) + c.epsilon)
+        p = p - rate * (direction + decay * p)
+        out.append(p)
+    return out
+
+
 RULES: dict[str, Callable[..., list[np.ndarray]]] = {
     "adamw": adamw_64,
     "lion": lion_64,
     "sgd": sgd_64,
     "schedule_free_adamw": schedule_free_64,
+    "sophia": sophia_64,
+    "ademamix": ademamix_64,
 }
 TINY = {"layers": {"mlp": {"up": {"kernel": (2, 3), "bias": (3,)}}, "mlp_norm": {"scale": (2,)}}, "head": (2, 4)}
 
@@ -208,6 +242,10 @@ RULE = {
     "optimizer.schedule": "linear",
     "optimizer.final_fraction": 0.0,
     "train.duration_steps": 8,
+    "optimizer.sophia_estimate_every": 3,
+    "optimizer.sophia_gamma": 2.0,
+    "optimizer.ademamix_beta3": 0.99,
+    "optimizer.ademamix_warmup_fraction": 0.5,
 }
 
 
