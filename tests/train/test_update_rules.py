@@ -206,4 +206,4 @@ def test_curvature_is_the_gauss_newton_diagonal_on_average() -> None:
     error = found.std(axis=0) / np.sqrt(draws)
     assert (np.abs(found.mean(0) - expected) < 6 * error).all()  # of 368 numbers
     sums = found.sum((1, 2))
-    assert abs(sums.mean() - expected.sum()) < 4 * sums.std() / np.sqrt(draws) < 0.05 * expected.sum()
+    assert abs(sums.mean() - expected.sum()) < 4 * sums.std() / np.sqrt(draws) < 0.06 * expected.sum()
