@@ -328,7 +328,7 @@ def _check_finite(run: Run, step: int, streak: int) -> None:
 def _evaluate(run: Run, state: TrainState, step: int) -> dict[str, Any]:
     """Writes the evaluation's row and sample; the last evaluation of a run is over the whole split."""
     c = run.config
-    params = evaluation_params(c.optimizer, state)
+    params = evaluation_params(c, state)
     with run.line.paused("evaluating"):
         figures = evaluate(c, params, run.dataset, run.mesh, 0 if step == run.lengths.total else c.evaluate.max_batches)
         row = {"step": step, "tokens": step * c.tokens_per_step} | {f"eval/{name}": value for name, value in figures.items()}

@@ -78,6 +78,27 @@ def row_nll(
     return nll_B
 
 
+def sampled_targets(
+    hidden_BTD: jax.Array, head: jax.Array, keys_BT: jax.Array, *, transposed: bool, chunk: int = 0, dtype: Any = jnp.float32
+) -> jax.Array:
+    """int32 [B, T]: a target for each token, drawn from softmax(logits) with its own key (uint32 [B, T, 2]), without gradients;
+    other arguments as `softmax_cross_entropy`.
+    """
+    options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype))
+
+    def noise(key: jax.Array, vocab: int) -> jax.Array:
+        return jax.random.gumbel(jax.random.wrap_key_data(key, impl="threefry2x32"), (vocab,))
+
+    def one(hidden_BcD, keys_Bc):
+        logits_BcV = _logits(options, hidden_BcD, head)
+        drawn = jax.vmap(jax.vmap(functools.partial(noise, vocab=logits_BcV.shape[-1])))(keys_Bc)
+        return (), jnp.argmax(logits_BcV + drawn, axis=-1).astype(jnp.int32)
+
+    head = _over_vocabulary(jax.lax.stop_gradient(head), transposed)
+    _, targets_BT = _over_chunks(options, head, one, (jax.lax.stop_gradient(hidden_BTD), keys_BT))
+    return jnp.asarray(targets_BT)
+
+
 def _over_vocabulary(head: jax.Array, transposed: bool) -> jax.Array:
     """The head, split over the vocabulary in place of its width.
 

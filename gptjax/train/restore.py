@@ -87,7 +87,7 @@ def load_params(
         restored = checkpoints.restore(_needed(config, abstract_state(config, ANY_LENGTHS, mesh)), step, partial=True)
     if restored is None:
         raise UserError(f"{workdir} has no checkpoint yet.")
-    params = evaluation_params(config.optimizer, restored.state)
+    params = evaluation_params(config, restored.state)
     return TrainedParams(config, params, restored.step, restored.metadata)
 
 

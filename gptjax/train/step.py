@@ -6,6 +6,7 @@ division, so that a batch gives the same gradient however it is split.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,16 +22,19 @@ from gptjax.model import primitives
 from gptjax.model.decoder import Decoder, output_table
 from gptjax.model.experts import RouterStats, router_losses
 from gptjax.parallel.sharding import batch_sharding, laid_over, parameter_shardings, replicated, use_rules
-from gptjax.train.loss import softmax_cross_entropy
+from gptjax.train.groups import check_patterns, keep_frozen, without_frozen
+from gptjax.train.loss import sampled_targets, softmax_cross_entropy
 from gptjax.train.objectives import OBJECTIVES, Example
 from gptjax.train.optimizers import Lengths, make_optimizer, make_schedule
+from gptjax.train.soap import factor_sharding
+from gptjax.train.sophia import curvature_is_due
 from gptjax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 # What a random key is for: folded into the seed first, so that no two uses ever share bits.
-INIT, DROPOUT = 0, 1
+INIT, DROPOUT, CURVATURE = 0, 1, 2
 
 
 def _float32(tree: Any) -> Any:
@@ -47,13 +51,17 @@ def init_params(config: Config, seed: jax.Array) -> Any:
 
 @functools.cache
 def state_shardings(config: Config, lengths: Lengths, mesh: Mesh) -> TrainState:
-    """A TrainState of NamedShardings: optimizer state that mirrors a parameter lies where the parameter lies."""
+    """A TrainState of NamedShardings: optimizer state that mirrors a parameter lies where the parameter lies.
+
+    Raises `UserError` for a pattern of the optimizer's that no parameter matches.
+    """
     boxed = jax.eval_shape(lambda: init_params(config, jnp.uint32(0)))
+    check_patterns(config, nn.unbox(boxed))
     with use_rules(config.mesh):
         shardings = parameter_shardings(boxed, mesh)
     abstract = jax.eval_shape(lambda: _new_state(config, lengths, nn.unbox(init_params(config, jnp.uint32(0))), jnp.uint32(0)))
     by_path = {
-        (tuple(path), leaf.shape): sharding
+        tuple(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(shardings), strict=True
         )
@@ -61,13 +69,14 @@ def state_shardings(config: Config, lengths: Lengths, mesh: Mesh) -> TrainState:
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
         suffixes = (tuple(path[start:]) for start in range(len(path)))
-        return next((by_path[suffix, leaf.shape] for suffix in suffixes if (suffix, leaf.shape) in by_path), replicated(mesh))
+        shape, sharding = next((by_path[suffix] for suffix in suffixes if suffix in by_path), ((), replicated(mesh)))
+        return sharding if shape == leaf.shape else factor_sharding(leaf.shape, shape, sharding)
 
     return jax.tree_util.tree_map_with_path(place, abstract)
 
 
 def _new_state(config: Config, lengths: Lengths, params: Any, seed: jax.Array) -> TrainState:
-    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, lengths))
+    optimizer = make_optimizer(config, make_schedule(config.optimizer, lengths), lengths.total)
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -176,14 +185,57 @@ def _dropout_keys(config: Config, seed: jax.Array, step: jax.Array) -> Any:
     return primitives.row_keys(key, jnp.arange(config.data.batch_size))
 
 
-def summed_gradients(config: Config, params: Any, batch: Batch, dropout_keys: Any) -> tuple[Any, Metrics]:
+def _sampled_loss(config: Config, params: Any, example: Example, dropout_keys: Any) -> tuple[jax.Array, Metrics]:
+    """As `example_loss`, of targets drawn from the model's own distribution, without what else is added to the loss.
+
+    `dropout_keys` [B, 2] are for the draw; dropout has none.
+    """
+    hidden_BTD, _ = hidden_states(config, jax.lax.stop_gradient(params), example)
+    targets_BT = sampled_targets(
+        hidden_BTD,
+        output_table(params, config.model),
+        primitives.fold_in(dropout_keys[:, None], jnp.arange(example.inputs.shape[1])),
+        transposed=config.model.tied_embeddings,
+        chunk=config.objective.loss_chunk,
+        dtype=jnp.dtype(config.model.dtype),
+    )
+    plain = dataclasses.replace(config.objective, label_smoothing=0.0, z_loss=0.0, router_balance_loss=0.0, router_z_loss=0.0)
+    return example_loss(dataclasses.replace(config, objective=plain), params, example._replace(targets=targets_BT), None)
+
+
+def curvature(config: Config, params: Any, batch: Batch, key: jax.Array) -> Any:
+    """The Gauss-Newton-Bartlett estimate of the mean loss's curvature (Liu et al., 2023), a tree like the parameters, float32:
+    the square of a gradient for targets drawn from the model, times the number of targets.
+
+    It is a function of (parameters, batch, key) alone, however the batch is split.
+    """
+    keys_B = primitives.row_keys(key, jnp.arange(config.data.batch_size))
+    gradients, sums = summed_gradients(config, params, batch, keys_B, loss=_sampled_loss)
+    weight = jnp.maximum(sums["weight_sum"], 1.0)  # (sum / weight)^2 * weight
+    return jax.tree.map(lambda g: jnp.square(g) / weight, without_frozen(config, gradients))
+
+
+def _curvature_if_due(config: Config, state: TrainState, batch: Batch, gradients: Any) -> dict[str, Any]:
+    """What the update rule needs beside gradients: for "sophia" the curvature, 0 where none is due."""
+    c = config.optimizer
+    if c.name != "sophia":
+        return {}
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), CURVATURE), state.step)
+    due = curvature_is_due(state.step - state.nonfinite_steps, c.sophia_estimate_every)
+    zeros = jax.tree.map(jnp.zeros_like, gradients)
+    return {"curvature": jax.lax.cond(due, lambda: curvature(config, state.params, batch, key), lambda: zeros)}
+
+
+def summed_gradients(
+    config: Config, params: Any, batch: Batch, dropout_keys: Any, loss: Callable[..., tuple[jax.Array, Metrics]] = example_loss
+) -> tuple[Any, Metrics]:
     """Gradient of the summed loss, and the summed parts, over all micro-batches."""
     parts = config.train.accumulation_steps
     objective = OBJECTIVES[config.objective.name]
 
     def one(rows: tuple[Batch, Any]) -> tuple[Any, Metrics]:
         micro_batch, keys = rows
-        loss_of = functools.partial(example_loss, config, example=objective(micro_batch), dropout_keys=keys)
+        loss_of = functools.partial(loss, config, example=objective(micro_batch), dropout_keys=keys)
         (loss_sum, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         return _float32(gradients), metrics | {"loss_sum": loss_sum}
 
@@ -200,25 +252,29 @@ def _step(config: Config, lengths: Lengths, state: TrainState, batch: Batch) -> 
     c = config.optimizer
     schedule = make_schedule(c, lengths)
     gradients, sums = summed_gradients(config, state.params, batch, _dropout_keys(config, state.seed, state.step))
+    gradients = without_frozen(config, gradients)
+    extra = _curvature_if_due(config, state, batch, gradients)
     weight = jnp.maximum(sums["weight_sum"], 1.0)
     gradient_norm = optax.tree.norm(gradients) / weight
     scale = 1 / weight
     if c.clip_norm:
         scale = scale * jnp.minimum(1.0, c.clip_norm / jnp.maximum(gradient_norm, 1e-12))
 
-    def update(params: Any, opt_state: Any, ema_params: Any, gradients: Any) -> tuple[Any, Any, Any]:
+    def update(params: Any, opt_state: Any, ema_params: Any, gradients: Any, extra: Any) -> tuple[Any, Any, Any]:
         gradients = jax.tree.map(lambda g: g * scale, gradients)
-        updates, opt_state = make_optimizer(c, schedule).update(gradients, opt_state, _float32(params))
+        optimizer: Any = make_optimizer(config, schedule, lengths.total)
+        updates, opt_state = optimizer.update(gradients, opt_state, _float32(params), **extra)
         params = optax.apply_updates(params, updates)
         if ema_params is not None:
-            ema_params = optax.incremental_update(params, ema_params, 1 - c.ema_decay)
+            averaged = optax.incremental_update(params, ema_params, 1 - c.ema_decay)
+            ema_params = keep_frozen(config, averaged, ema_params)
         return params, opt_state, ema_params
 
     # One infinite or NaN value anywhere shows in the norm; then nothing but the counters moves. Selecting each leaf afterwards
     # would make XLA copy both moments on a CPU: 2.6 times the update's time.
-    finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums["loss_sum"])
+    finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(optax.tree.norm(extra))
     kept = (state.params, state.opt_state, state.ema_params)
-    params, opt_state, ema_params = jax.lax.cond(finite, update, lambda *kept: kept[:3], *kept, gradients)
+    params, opt_state, ema_params = jax.lax.cond(finite, update, lambda *kept: kept[:3], *kept, gradients, extra)
     updates_so_far = state.step - state.nonfinite_steps
     bad = (~finite).astype(jnp.int32)
     new_state = TrainState(

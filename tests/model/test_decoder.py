@@ -23,8 +23,8 @@ from gptjax.model.positions import rotary_angles, rotate
 from gptjax.model.rows import Rows
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh
+from gptjax.train.groups import parameter_path
 from gptjax.train.objectives import causal
-from gptjax.train.optimizers import parameter_path
 from gptjax.train.step import example_loss, init_params
 from tests.small import GPT2, KINDS, LLAMA, NEOX, packed_row, random_batch, random_params, small, tree_close
 

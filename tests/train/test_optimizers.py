@@ -13,15 +13,8 @@ import optax
 import pytest
 
 from gptjax.config import UserError
-from gptjax.train.optimizers import (
-    OPTIMIZERS,
-    Lengths,
-    decay_mask,
-    evaluation_params,
-    make_optimizer,
-    make_schedule,
-    parameter_path,
-)
+from gptjax.train.groups import decay_mask, parameter_path
+from gptjax.train.optimizers import OPTIMIZERS, Lengths, evaluation_params, make_optimizer, make_schedule
 from gptjax.train.state import TrainState
 from tests.small import GPT2, LLAMA, random_params, small, tree_close, tree_equal
 
@@ -112,7 +105,7 @@ def test_weight_decay_mask(kind: str) -> None:
 def test_decay_is_rate_times_weight_decay_times_parameter(name: str) -> None:
     """With gradients of 0 nothing else moves: p (1 - rate * decay), whatever the rule."""
     knobs = LLAMA | {"optimizer.name": name, "optimizer.learning_rate": 0.5, "optimizer.muon_adam_learning_rate": 0.5}
-    config = small(knobs, optimizer__weight_decay=0.1, optimizer__schedule="constant")
+    config = small(knobs, optimizer__weight_decay=0.1, optimizer__schedule="constant", optimizer__prodigy_initial_rate=1.0)
     params = random_params(config)
     (moved,) = updated(config, params, [jax.tree.map(jnp.zeros_like, params)])
     before, after = named(params), named(moved)
@@ -126,12 +119,14 @@ def test_decay_is_rate_times_weight_decay_times_parameter(name: str) -> None:
 
 
 def updated(config: Any, params: Any, gradients: list[Any]) -> list[Any]:
-    """Parameters after each gradient."""
-    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, Lengths.of(config, 1.0)))
+    """Parameters after each gradient; where a rule wants the curvature too, it is the gradient squared."""
+    lengths = Lengths.of(config, 1.0)
+    optimizer: Any = make_optimizer(config, make_schedule(config.optimizer, lengths), lengths.total)
 
     @jax.jit
     def step(params: Any, state: Any, gradient: Any) -> Any:
-        updates, state = optimizer.update(gradient, state, params)
+        extra = {"curvature": jax.tree.map(jnp.square, gradient)} if config.optimizer.name == "sophia" else {}
+        updates, state = optimizer.update(gradient, state, params, **extra)
         return optax.apply_updates(params, updates), state
 
     state, out = jax.jit(optimizer.init)(params), []
@@ -188,11 +183,44 @@ def schedule_free_64(c: Any, rates: list[float], decay: float, y: np.ndarray, gr
     return out
 
 
+def sophia_64(c: Any, rates: list[float], decay: float, p: np.ndarray, gradients: list[np.ndarray]) -> list[np.ndarray]:
+    """Algorithm 3 of Liu et al. (2023), with squared gradients as the estimates."""
+    m = h = np.zeros_like(p)
+    out = []
+    for t, (rate, g) in enumerate(zip(rates, gradients, strict=True), 1):
+        m = c.beta1 * m + (1 - c.beta1) * g
+        if t % c.sophia_estimate_every == 1:
+            h = c.beta2 * h + (1 - c.beta2) * g * g
+        p = p - rate * decay * p - rate * np.clip(m / np.maximum(c.sophia_gamma * h, c.epsilon), -1, 1)
+        out.append(p)
+    return out
+
+
+def ademamix_64(c: Any, rates: list[float], decay: float, p: np.ndarray, gradients: list[np.ndarray]) -> list[np.ndarray]:
+    """Pagliardini et al. (2024), both warm-ups over half of the run's 8 steps."""
+    m1 = m2 = v = np.zeros_like(p)
+    out = []
+    for t, (rate, g) in enumerate(zip(rates, gradients, strict=True), 1):
+        share = min(t / 4, 1)
+        alpha = c.ademamix_alpha * share
+        # the decay's half-life goes linearly from beta1's to beta3's
+        half_life = (1 - share) * np.log(0.5) / np.log(c.beta1) + share * np.log(0.5) / np.log(c.ademamix_beta3)
+        beta3 = 0.5 ** (1 / half_life)
+        m1, m2 = c.beta1 * m1 + (1 - c.beta1) * g, beta3 * m2 + (1 - beta3) * g
+        v = c.beta2 * v + (1 - c.beta2) * g * g
+        direction = (m1 / (1 - c.beta1**t) + alpha * m2) / (np.sqrt(v / (1 - c.beta2**t)) + c.epsilon)
+        p = p - rate * (direction + decay * p)
+        out.append(p)
+    return out
+
+
 RULES: dict[str, Callable[..., list[np.ndarray]]] = {
     "adamw": adamw_64,
     "lion": lion_64,
     "sgd": sgd_64,
     "schedule_free_adamw": schedule_free_64,
+    "sophia": sophia_64,
+    "ademamix": ademamix_64,
 }
 TINY = {"layers": {"mlp": {"up": {"kernel": (2, 3), "bias": (3,)}}, "mlp_norm": {"scale": (2,)}}, "head": (2, 4)}
 
@@ -214,6 +242,10 @@ RULE = {
     "optimizer.schedule": "linear",
     "optimizer.final_fraction": 0.0,
     "train.duration_steps": 8,
+    "optimizer.sophia_estimate_every": 3,
+    "optimizer.sophia_gamma": 2.0,
+    "optimizer.ademamix_beta3": 0.99,
+    "optimizer.ademamix_warmup_fraction": 0.5,
 }
 
 
@@ -303,7 +335,7 @@ def test_schedule_free_evaluates_its_average() -> None:
     config = small(optimizer__name="schedule_free_adamw", optimizer__learning_rate=0.1, optimizer__schedule="constant",
                    optimizer__weight_decay=0.0, optimizer__warmup_steps=3)  # fmt: skip
     c = config.optimizer
-    optimizer = make_optimizer(c, make_schedule(c, Lengths.of(config, 1.0)))
+    optimizer = make_optimizer(config, make_schedule(c, Lengths.of(config, 1.0)), 20)
     params = {"head": jnp.array([1.0, -2.0])}
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     rates = [0.1 * min(n / 3, 1) for n in range(1, 7)]
@@ -320,9 +352,9 @@ def test_schedule_free_evaluates_its_average() -> None:
     zero = jnp.int32(0)
     whole = TrainState(zero, params, state, None, zero, zero, zero)
     np.testing.assert_allclose(params["head"], y, rtol=1e-5)
-    np.testing.assert_allclose(evaluation_params(c, whole)["head"], average, rtol=1e-5)
+    np.testing.assert_allclose(evaluation_params(config, whole)["head"], average, rtol=1e-5)
     assert np.abs(average - y).max() > 1e-3
-    tree_equal(evaluation_params(c, whole.replace(ema_params={"head": jnp.zeros(2)})), {"head": jnp.zeros(2)})
+    tree_equal(evaluation_params(config, whole.replace(ema_params={"head": jnp.zeros(2)})), {"head": jnp.zeros(2)})
 
 
 @pytest.mark.parametrize("name", ["muon", "adafactor"])
@@ -331,7 +363,7 @@ def test_each_expert_is_a_matrix_of_its_own(name: str) -> None:
     rng = np.random.default_rng(0)
     shapes = {"up": (2, 3, 128, 130), "router": (2, 128, 3)}
     config = small(optimizer__name=name)
-    optimizer = make_optimizer(config.optimizer, lambda n: 0.1)
+    optimizer = make_optimizer(config, lambda n: 0.1, 20)
 
     def update(params: Any, gradients: Any) -> Any:
         return optimizer.update(gradients, optimizer.init(params), params)[0]
@@ -362,7 +394,7 @@ def test_adafactor_factors_the_second_moments_of_heads_and_takes_each_layer_by_i
     config = small(
         optimizer__name="adafactor", optimizer__learning_rate=0.1, optimizer__schedule="constant", optimizer__weight_decay=0.0
     )
-    optimizer = make_optimizer(config.optimizer, lambda n: 0.1)
+    optimizer = make_optimizer(config, lambda n: 0.1, 20)
     state = optimizer.init(tree)
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 4 * layers * width
     updates, _ = optimizer.update(gradients, state, tree)

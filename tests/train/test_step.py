@@ -13,8 +13,9 @@ from gptjax.config import MeshConfig
 from gptjax.model import primitives
 from gptjax.model.decoder import Decoder
 from gptjax.parallel.mesh import make_mesh
+from gptjax.train.groups import parameter_path
 from gptjax.train.objectives import causal
-from gptjax.train.optimizers import Lengths, evaluation_params, parameter_path
+from gptjax.train.optimizers import Lengths, evaluation_params
 from gptjax.train.step import abstract_state, example_loss, init_state, make_train_step, summed_gradients
 from tests.small import GPT2, LLAMA, random_batch, random_params, small, tree_close, tree_equal
 
@@ -154,7 +155,7 @@ def test_steps_learn_compile_once_and_donate() -> None:
     assert losses[-1] < losses[0] - 0.3
     np.testing.assert_allclose(rates[:5], [0.0025, 0.005, 0.0075, 0.01, 0.01], rtol=1e-6)
     tree_close(state.ema_params, average, rtol=1e-5, atol=1e-6)
-    tree_equal(evaluation_params(config.optimizer, state), state.ema_params)
+    tree_equal(evaluation_params(config, state), state.ema_params)
     assert make_train_step(config, Lengths.of(config, 1.0), MESH) is step
     shapes = abstract_state(config, Lengths.of(config, 1.0), MESH)
     for leaf, shape in zip(jax.tree.leaves(state), jax.tree.leaves(shapes), strict=True):
@@ -186,7 +187,7 @@ def test_schedule_free_starts_from_given_parameters() -> None:
     for seed in range(2):
         state, _ = step(state, random_batch(config, seed))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
-    found, given = evaluation_params(config.optimizer, state), params
+    found, given = evaluation_params(config, state), params
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
     assert not np.array_equal(found["embed"]["tokens"], given["embed"]["tokens"])
 
