@@ -62,7 +62,8 @@ def token_byte_counts(config: Config, dataset: Dataset) -> np.ndarray:
 
 def evaluate(config: Config, params: Any, dataset: Dataset, mesh: Mesh, max_batches: int = 0) -> dict[str, float | int]:
     """{"loss" (nats a target), "perplexity", "bits_per_byte", "tokens", "bytes"} of `dataset.eval`; max_batches=0: the whole
-    split.
+    split. `tokens` are those that are predicted, and `bytes` the text that they stand for; there are bits per byte only where
+    each byte of a text is predicted from those before it.
 
     Rows are summed on the device in float32 and added here in float64, always in the order of the split.
     """
@@ -87,10 +88,11 @@ def evaluate(config: Config, params: Any, dataset: Dataset, mesh: Mesh, max_batc
     if tokens == 0:
         raise UserError("the evaluation split has no token to predict; give it more text.")
     loss = nats / tokens
+    in_order = config.objective.name in ("causal", "prefix")
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else math.nan,
+        **({"bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else math.nan} if in_order else {}),
         "tokens": int(tokens),
         "bytes": int(text_bytes),
     }

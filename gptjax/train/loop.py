@@ -179,11 +179,11 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def load_data(config: Config, log: Callable[[str], None]) -> Dataset:
+def load_data(config: Config, log: Callable[[str], None], own: Tokenizer | None = None) -> Dataset:
     """`load_dataset`, by process 0 first, for where hosts share the cache; the same tokens in all processes, or `UserError`."""
     hosts.check_same(flatten(config))
     with hosts.process_0_first():
-        dataset = load_dataset(config, log)
+        dataset = load_dataset(config, log, own=own)
     counts = {name: dataset.report[name] for name in ("documents", "tokens", "bytes", "rows")}
     hosts.check_same({"the tokenizer's fingerprint": dataset.tokenizer.fingerprint, "the count of the data": counts})
     return dataset
