@@ -18,8 +18,8 @@ class ObjectiveConfig:
 
     name: str = knob(
         "causal",
-        "What is predicted: each token from those before it (causal); masked tokens from all others (masked, BERT); the rest of a "
-        "text from a beginning that sees itself both ways (prefix, a prefix LM); also the middle of a text from both its sides "
+        "What is predicted: each token from those before it (causal); masked tokens from all others (masked, BERT); the rest of "
+        "a text from a beginning that sees itself both ways (prefix, a prefix LM); also the middle of a text from both its sides "
         "(infill, Bavarian et al., 2022); spans cut out of a text (span, T5); or several of these by weights (mixture, UL2).",
         choices=("causal", "masked", "prefix", "infill", "span", "mixture"),
     )
@@ -30,7 +30,10 @@ class ObjectiveConfig:
     )
     infill_rate: float = knob(0.5, "infill: share of the documents whose middle comes last.", at_least=0, at_most=1)
     infill_spm_rate: float = knob(
-        0.5, "infill: share of these whose suffix is shown before their prefix (SPM) and not after it (PSM).", at_least=0, at_most=1
+        0.5,
+        "infill: share of these whose suffix is shown before their prefix (SPM) and not after it (PSM).",
+        at_least=0,
+        at_most=1,
     )
     span_rate: float = knob(0.15, "span: share of the tokens that are cut out.", above=0, below=1)
     span_mean_length: float = knob(3.0, "span: mean length in tokens of what is cut out in one place.", at_least=1)
@@ -95,18 +98,18 @@ def _part(text: str) -> Part:
 def loss_refusal(trained: ObjectiveConfig, asked: ObjectiveConfig) -> str:
     """Why a model trained for one objective has no loss under another, in one sentence; "" where it has.
 
-    One that goes on with texts, both ways before it or not, has the loss of what it never saw so too: causal and prefix are two
-    ways to read it. Which of its tokens a model knows is looked for in its tokenizer.
+    It has under what it was trained for, and one that writes text, however it reads what stands before, under both ways to read.
     """
     name = f"objective.name={trained.name}"
-    if asked.name == trained.name or trained.name == "mixture" and asked.name != "masked":
+    methods, wanted = ({part.method for part in parts(objective)} for objective in (trained, asked))
+    if wanted <= methods:
         return ""
-    if trained.name == "masked" or asked.name == "masked":
+    if "masked" in methods | wanted:
         return (
             f"a model trained with {name} has no loss with objective.name={asked.name}: "
             "a masked model predicts a token at its own place, the others the one after it."
         )
-    if asked.name in ("causal", "prefix") and writes_text(trained):
+    if wanted <= {"causal", "prefix"} and writing_part(trained) is not None:
         return ""
     return f"a model trained with {name} was not trained for objective.name={asked.name}."
 
@@ -116,9 +119,22 @@ def sees_later_tokens(objective: ObjectiveConfig) -> bool:
     return any(part.method in ("masked", "prefix", "span") for part in parts(objective))
 
 
-def writes_text(objective: ObjectiveConfig) -> bool:
-    """Whether the model learns to go on with a text, token by token."""
-    return any(part.method in ("causal", "prefix", "infill") for part in parts(objective))
+def writing_part(objective: ObjectiveConfig) -> Part | None:
+    """The part by which the model goes on with a text, token by token; None where it does not learn to."""
+    order = ("prefix", "causal", "infill")
+    able = [part for part in parts(objective) if part.method in order]
+    return min(able, key=lambda part: order.index(part.method)) if able else None
+
+
+def writing_refusal(objective: ObjectiveConfig) -> str:
+    """Why the model does not go on with a text, in one sentence that says what it does; "" where it does."""
+    if writing_part(objective) is not None:
+        return ""
+    gaps = "[MASK]" if objective.name == "masked" else "gaps, marked <extra_id_0>, <extra_id_1>, ...,"
+    return (
+        f"a model trained with objective.name={objective.name} does not write on from a prompt: it fills {gaps} in a text "
+        "(gptjax.generate.filling.fill, or a --prompt that has some)."
+    )
 
 
 def check(config: Config) -> None:
@@ -134,17 +150,11 @@ def check(config: Config) -> None:
         )
     if sees_later_tokens(objective):
         _check_attention(config, name)
-    if config.evaluate.sample_tokens and not writes_text(objective):
+    if config.data.seq_len < SHORTEST and objective.name not in ("causal", "masked", "prefix"):
         raise UserError(
-            f"evaluate.sample_tokens={config.evaluate.sample_tokens} asks for text, which a model of {name} does not learn to "
-            "write; set it to 0."
+            f"{name} puts tokens of its own into a row, for which data.seq_len={config.data.seq_len} is too short; "
+            f"give it {SHORTEST} at least."
         )
-    if config.data.seq_len < SHORTEST:
-        if objective.name not in ("causal", "masked", "prefix"):
-            raise UserError(
-                f"{name} puts tokens of its own into a row, for which data.seq_len={config.data.seq_len} is too short; "
-                f"give it {SHORTEST} at least."
-            )
 
 
 # A row that holds a document of some tokens and all that an objective puts beside them.

@@ -43,7 +43,9 @@ class Draws(NamedTuple):
     def uniform(self, places: int) -> np.ndarray:
         """float64 [R, places, channels] in [0, 1)."""
         key = np.asarray([self.seed, self.purpose], np.uint64)
-        raw = np.stack([np.random.Philox(key=key, counter=[0, 0, int(row), 0]).random_raw(places * _CHANNELS) for row in self.rows])
+        raw = np.stack(
+            [np.random.Philox(key=key, counter=[0, 0, int(row), 0]).random_raw(places * _CHANNELS) for row in self.rows]
+        )
         return ((raw >> np.uint64(11)) * 2.0**-53).reshape(len(self.rows), places, _CHANNELS)
 
 
@@ -148,9 +150,10 @@ class Corruption:
         o, tokens = self.objective, batch["tokens"]
         is_text = np.isin(tokens, self.text_ids) & (batch["segment_ids"] > 0)
         chosen = is_text & (uniform[..., CHOSEN] < o.mask_rate)
-        instead = uniform[..., INSTEAD]
+        instead, mask = uniform[..., INSTEAD], self.ids.mask
+        assert mask is not None
         others = np.asarray(self.text_ids)[(uniform[..., RANDOM] * len(self.text_ids)).astype(np.int64)]
-        seen = np.where(instead < o.mask_token_rate, self.ids.mask, np.where(instead >= 1 - o.mask_random_rate, others, tokens))
+        seen = np.where(instead < o.mask_token_rate, mask, np.where(instead >= 1 - o.mask_random_rate, others, tokens))
         targets = np.where(chosen, tokens, IGNORED)
         return {**batch, "tokens": np.where(chosen, seen, tokens).astype(np.int32), "targets": targets.astype(np.int32)}
 
@@ -204,7 +207,7 @@ class Corruption:
         return out
 
 
-_TRAIN, _EVALUATION = 3, 4  # purposes of Philox's keys; pipeline.py has 1 and 2
+_TRAIN, _EVALUATION = 11, 12  # purposes of Philox's keys; those of pipeline.py are below 10
 
 
 # --- the ways to show a document ----------------------------------------------------------------------------------------
@@ -247,7 +250,9 @@ def _infill(corruption: Corruption, part: Part, documents: Documents) -> Shown:
     in_prefix = 1 + of(spm) * (2 + of(inner - b))
     in_middle = 3 + of(inner - b)
     in_suffix = np.where(of(spm), 2 - of(b), 2 - of(b - a))
-    moved = np.select([i < 0, i < of(a), i < of(b), i < of(inner)], [0 * i, in_prefix, in_middle, in_suffix], 3 + (end is not None))
+    moved = np.select(
+        [i < 0, i < of(a), i < of(b), i < of(inner)], [0 * i, in_prefix, in_middle, in_suffix], 3 + (end is not None)
+    )
     place = np.where(of(gapped), documents.place + moved, documents.place)
 
     some = np.flatnonzero(gapped)
@@ -261,8 +266,10 @@ def _infill(corruption: Corruption, part: Part, documents: Documents) -> Shown:
         open_ = tail[some] == 0
         marks, ids, which_of = [*marks, (h + 3 + n)[open_]], [*ids, corruption.eos_id], [*which_of, some[open_]]
     values = [np.full(len(numbers), value) for numbers, value in zip(which_of, ids, strict=True)]
-    new = [np.concatenate([old, *added]) for old, added in ((which, which_of), (place, marks), (tokens, values))]
-    return Shown(*new, np.zeros(len(new[0]), bool))
+    new_which, new_place, new_tokens = (
+        np.concatenate([old, *added]) for old, added in ((which, which_of), (place, marks), (tokens, values))
+    )
+    return Shown(new_which, new_place, new_tokens, np.zeros(len(new_which), bool))
 
 
 def _span(corruption: Corruption, part: Part, documents: Documents) -> Shown:

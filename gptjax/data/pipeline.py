@@ -243,7 +243,9 @@ def batch_documents(config: Config, split: Split, step: int) -> list[str]:
         found = split.rows.documents(rows)
     else:
         starts = _window_starts(config, split, epochs, rows)
-        first, last = (np.searchsorted(split.offsets, at, side="right") - 1 for at in (starts, starts + _window(config, split)[1] - 1))
+        first, last = (
+            np.searchsorted(split.offsets, at, side="right") - 1 for at in (starts, starts + _window(config, split)[1] - 1)
+        )
         found = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]))
     return [split.names[index] for index in found]
 

@@ -163,8 +163,8 @@ def special_ids(tokenizer: Tokenizer, objective: ObjectiveConfig, seq_len: int) 
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(
-            f"objective.name={objective.name} needs the tokens {', '.join(missing[:3])}{more}, which the model's tokenizer lacks: "
-            "the model was not trained for it."
+            f"objective.name={objective.name} needs the tokens {', '.join(missing[:3])}{more}, which the model's tokenizer "
+            "lacks: the model was not trained for it."
         )
     ids = {name: tokenizer.token_id(name) for name in names}
     if len(set(ids.values())) < len(ids):

@@ -48,7 +48,10 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     try:
         descriptor = json.loads((directory / DESCRIPTOR).read_bytes())
         files = {name: (directory / name).read_bytes() for name in descriptor["files"]}
-        kinds = {**TOKENIZERS, ReservedTokenizer.kind: ReservedTokenizer}  # the latter no config asks for by name
+        kinds: dict[str, type[Tokenizer]] = {
+            **TOKENIZERS,
+            ReservedTokenizer.kind: ReservedTokenizer,
+        }  # the latter no config asks for by name
         tokenizer = kinds[descriptor["kind"]].from_files(files)
         intact = tokenizer.fingerprint == descriptor["fingerprint"]
     except FileNotFoundError as error:

@@ -23,6 +23,7 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError, flatten, to_dict
+from gptjax.config.objective import writing_part, writing_refusal
 from gptjax.data.pipeline import Dataset, batch_documents, load_dataset, steps_per_epoch, train_batches
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.generate.settings import GenerationConfig
@@ -234,6 +235,8 @@ def _describe(run: Run, state: TrainState) -> None:
     c, mesh = run.config, run.mesh
     run.line(parameter_table(state.params))
     run.line(describe_mfu(c.model, c.data.seq_len, mesh.devices.flat[0].device_kind, mesh.size, c.metrics.peak_tflops))
+    if c.evaluate.sample_tokens and (refusal := writing_refusal(c.objective)):
+        run.line(f"evaluate.sample_tokens={c.evaluate.sample_tokens} has no effect: {refusal}")
     run.line(f"{run.lengths.total:,} steps of {c.tokens_per_step:,} tokens: {run.lengths.total / run.epoch_steps:.2f} epochs.")
 
 
@@ -331,7 +334,7 @@ def _evaluate(run: Run, state: TrainState, step: int) -> dict[str, Any]:
         row = {"step": step, "tokens": step * c.tokens_per_step} | {f"eval/{name}": value for name, value in figures.items()}
         run.metrics.write(row)
         run.line.row(row)
-        if c.evaluate.sample_tokens:
+        if c.evaluate.sample_tokens and writing_part(c.objective) is not None:
             _sample(run, params, step)
     return figures
 

@@ -57,9 +57,7 @@ def masked(batch: Mapping[str, jax.Array]) -> Example:
     tokens, segment_ids, targets = (batch[name][:, :-1] for name in ("tokens", "segment_ids", "targets"))
     weights = (targets >= 0) & (segment_ids > 0)
     positions = batch["positions"][:, :-1]
-    return Example(
-        tokens, jnp.maximum(targets, 0), weights.astype(jnp.float32), positions, segment_ids, prefix=segment_ids > 0
-    )
+    return Example(tokens, jnp.maximum(targets, 0), weights.astype(jnp.float32), positions, segment_ids, prefix=segment_ids > 0)
 
 
 OBJECTIVES: dict[str, Callable[[Mapping[str, jax.Array]], Example]] = {
@@ -71,9 +69,9 @@ OBJECTIVES: dict[str, Callable[[Mapping[str, jax.Array]], Example]] = {
     "mixture": prefix,
 }
 
-_MORE = {masked: ("targets",), prefix: ("prefix",)}
+_MORE = {"masked": ("targets",), "prefix": ("prefix",)}
 
 
 def batch_arrays(config: Config) -> tuple[str, ...]:
     """Names of the int32 arrays [B, T + 1] of a batch."""
-    return ("tokens", "segment_ids", "positions", *_MORE.get(OBJECTIVES[config.objective.name], ()))
+    return ("tokens", "segment_ids", "positions", *_MORE.get(OBJECTIVES[config.objective.name].__name__, ()))
