@@ -141,9 +141,11 @@ class Corruption:
             shown = self._masked(batch, uniform)
         else:
             shown = self._rewritten(batch, uniform)
-        missing = self.seq_len + 1 - batch["tokens"].shape[1]
         fill = {"targets": IGNORED}
-        return {name: np.pad(x, ((0, 0), (0, missing)), constant_values=fill.get(name, 0)) for name, x in shown.items()}
+        return {
+            name: np.pad(x, ((0, 0), (0, self.seq_len + 1 - x.shape[1])), constant_values=fill.get(name, 0))
+            for name, x in shown.items()
+        }
 
     def _masked(self, batch: Batch, uniform: np.ndarray) -> Batch:
         """BERT's masking (Devlin et al., 2019); each token of the text is chosen by itself, as RoBERTa's collators do."""

@@ -38,7 +38,7 @@ def add(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.objective:
-        arguments.overrides = [*arguments.overrides, f"--config.objective.name={arguments.objective}"]
+        arguments.overrides = [*arguments.overrides, f"objective.name={arguments.objective}"]
     workdir, config = run_config(arguments)
     from gptjax.data.reserved import text_tokenizer
     from gptjax.generate.weights import check, rounded
