@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gptjax.config import patterns
 from gptjax.config.knobs import UserError, knob
 
 if TYPE_CHECKING:
@@ -28,8 +29,23 @@ class ModelConfig:
     norm: str = knob("layernorm", "Normalisation before each sub-layer and at the end.", choices=("layernorm", "rmsnorm"))
     norm_epsilon: float = knob(1e-5, "Added to the variance.", above=0)
     norm_bias: bool = knob(True, "LayerNorm has a bias (RMSNorm never has one).")
-    position: str = knob("learned", "How a token knows its place.", choices=("learned", "rotary", "none"))
+    position: str = knob(
+        "learned",
+        "How a token knows its place; sinusoidal: fixed vectors added to the embedding (Vaswani et al., 2017).",
+        choices=("learned", "sinusoidal", "rotary", "none"),
+    )
+    position_pattern: tuple[str, ...] = knob(
+        (),
+        "Each layer's position, repeated through the layers: rotary,rotary,rotary,none is SmolLM3's and Llama 4's (iRoPE); "
+        "empty: model.position in all.",
+        choices=patterns.LAYER_POSITIONS,
+    )
     rope_base: float = knob(10000.0, "Base of the rotary frequencies.", above=1)
+    local_rope_base: float = knob(
+        0.0,
+        "Base of the local layers of attention_pattern, which rope_scaling leaves as they are (Gemma 3); 0: as the others.",
+        at_least=0,
+    )
     rotary_fraction: float = knob(1.0, "Share of each head that rotary positions turn, from its front.", above=0, at_most=1)
     rope_scaling: str = knob(
         "none", "How rotary frequencies stretch to longer contexts.", choices=("none", "linear", "dynamic", "llama3", "yarn")
@@ -100,6 +116,12 @@ class ModelConfig:
         choices=("auto", "dense", "blockwise", "xla", "cudnn", "splash"),
     )
     attention_window: int = knob(0, "Latest tokens that a query sees, its own included; 0: all.", at_least=0)
+    attention_pattern: tuple[str, ...] = knob(
+        (),
+        "Layers that have attention_window, local, and that see everything, global, repeated through the layers (Gemma 2: "
+        "local,global); empty: all have it.",
+        choices=("local", "global"),
+    )
     attention_softcap: float = knob(0.0, "Scores become cap * tanh(score / cap), as in Gemma 2; 0: off.", at_least=0)
 
     @property
@@ -186,14 +208,16 @@ def check(config: Config) -> None:
         raise UserError(
             f"data.seq_len={data.seq_len} is longer than model.max_seq_len={model.max_seq_len}, the positions that the model has."
         )
-    if model.attention != "auto" and (refusal := attention_refusal(model, model.attention, data.seq_len)):
-        raise UserError(refusal)
+    patterns.check(model)
+    for layer in patterns.layer_configs(model) if model.attention != "auto" else ():
+        if refusal := attention_refusal(layer, model.attention, data.seq_len):
+            raise UserError(refusal)
     _check_rotary(model)
     _check_experts(config)
 
 
 def _check_rotary(model: ModelConfig) -> None:
-    if model.position != "rotary":
+    if "rotary" not in patterns.positions(model):
         if model.rope_scaling != "none":
             raise UserError(f"model.rope_scaling={model.rope_scaling} needs model.position=rotary, not {model.position}.")
         return

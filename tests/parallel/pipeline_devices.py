@@ -102,8 +102,11 @@ def by_hand() -> dict[str, float]:
     def layer(w_D: Any, x_bTD: Any, row_b: Any, number: Any) -> tuple[Any, Any]:
         return jnp.sin(x_bTD * w_D + row_b[:, None, None] * number), {"sum": x_bTD.sum((0, 1)), "rows": row_b.sum()}
 
+    def layers(w_LD: Any, numbers_L: Any, x_bTD: Any, row_b: Any) -> tuple[Any, Any]:
+        return jax.lax.scan(lambda x_bTD, own: layer(own[0], x_bTD, row_b, own[1]), x_bTD, (w_LD, numbers_L))
+
     def objective(w_LD: Any, x_BTD: Any) -> tuple[Any, Any]:
-        y_BTD, sums = pipeline.pipelined(layer, w_LD, x_BTD, row_B.astype(np.float32), micro_batches=3, unroll=1)
+        y_BTD, sums = pipeline.pipelined(layers, w_LD, x_BTD, row_B.astype(np.float32), micro_batches=3)
         return (y_BTD**2).sum() + (sums["sum"] ** 2).sum(), (y_BTD, sums)
 
     config = MeshConfig(data=2, stage=4)
