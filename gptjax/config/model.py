@@ -73,8 +73,8 @@ class ModelConfig:
     gated_mlp: bool = knob(False, "down(activation(gate(x)) * up(x)) in place of down(activation(up(x))).")
     attention_kind: str = knob(
         "multi_head",
-        "multi_head: keys and values of each head, or of groups of heads where num_kv_heads says so; latent: keys and values made "
-        "of one small vector a token, which is all that a cache holds (multi-head latent attention, DeepSeek-V2, 2024).",
+        "multi_head: keys and values of each head, or of groups of heads where num_kv_heads says so; latent: keys and values "
+        "made of one small vector a token, which is all that a cache holds (multi-head latent attention, DeepSeek-V2, 2024).",
         choices=("multi_head", "latent"),
     )
     kv_latent_dim: int = knob(0, "latent: width of the vector that keys and values are made of.", at_least=0)

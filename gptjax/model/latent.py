@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
+from gptjax.model import primitives
 from gptjax.model.attention import attend
 from gptjax.model.cache import Cache, cached_attention
 from gptjax.model.kernels import Kernel
@@ -38,21 +39,24 @@ class Up(nn.Module):
 
     def into_queries(self, q_BTNH: jax.Array) -> jax.Array:
         """[B, T, N, C]: what meets a latent as `q_BTNH` meets the key that is made of it."""
-        return self._by_head("NMH,NHC->NMC", q_BTNH)
+        kernel_NCH = self._heads_first().swapaxes(1, 2)
+        if primitives.hand_written():  # for the sake of the order of sums, see kernels.py: this CPU's product would undo the turn
+            kernel_NCH = jax.lax.optimization_barrier(kernel_NCH)
+        return self._by_head(q_BTNH, kernel_NCH)
 
     def out_of_latents(self, mixed_BTNC: jax.Array) -> jax.Array:
         """[B, T, N, H]: each head's own part of a mean of latents is the mean of its values."""
-        return self._by_head("NMC,NHC->NMH", mixed_BTNC)
+        return self._by_head(mixed_BTNC, self._heads_first())
 
-    def _by_head(self, equation: str, x_BTNX: jax.Array) -> jax.Array:
-        kernel_NHC = self._heads_first()
-        x_NMX = x_BTNX.swapaxes(0, 2).swapaxes(1, 2).reshape(x_BTNX.shape[2], -1, x_BTNX.shape[3]).astype(kernel_NHC.dtype)
-        rows = x_NMX.shape[1]
-        if rows == 1:  # as in kernels.py: a product of one row would take another road
-            x_NMX = jnp.concatenate([x_NMX, x_NMX], axis=1)
-        y_NMX = jnp.einsum(equation, x_NMX, kernel_NHC, preferred_element_type=jnp.float32)[:, :rows]
-        y_NBTX = y_NMX.astype(self.config.dtype).reshape(x_BTNX.shape[2], *x_BTNX.shape[:2], -1)
-        return constrain(jnp.moveaxis(y_NBTX, 0, 2), "batch", "length", "heads", None)
+    def _by_head(self, x_BTNI: jax.Array, kernel_NOI: jax.Array) -> jax.Array:
+        """[B, T, N, O]"""
+        batch, length, heads, width = x_BTNI.shape
+        x_NMI = jnp.moveaxis(x_BTNI, 2, 0).reshape(heads, -1, width).astype(kernel_NOI.dtype)
+        if batch * length == 1:  # as in kernels.py: a product of one row would take another road
+            x_NMI = jnp.concatenate([x_NMI, x_NMI], axis=1)
+        y_NMO = jnp.einsum("NMI,NOI->NMO", x_NMI, kernel_NOI, preferred_element_type=jnp.float32)
+        y_NBTO = y_NMO[:, : batch * length].astype(self.config.dtype).reshape(heads, batch, length, -1)
+        return constrain(jnp.moveaxis(y_NBTO, 0, 2), "batch", "length", "heads", None)
 
     def _heads_first(self) -> jax.Array:
         """[N, H, C] in the type that products have."""

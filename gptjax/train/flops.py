@@ -9,8 +9,9 @@ P is the number of weights that take part in a matrix product: projections, MLPs
 embedding; looking an embedding up costs nothing. Of routed experts it counts as many as a token goes to, dropped or not. A weight
 is one multiply and one add forward (2) and twice that backward (6).
 Attention adds scores and weighted values, 2 * T * N * H each forward, so 12 * T * N * H with the backward pass in each of L
-layers; where queries and keys are wider than values (latent attention), H is the mean of the two widths. The T x T square is counted whole although a causal mask needs half of it: that is the convention. What a backend skips
-or recomputes (remat, masked blocks) is not counted, and neither are norms, softmax and activations.
+layers; where queries and keys are wider than values (latent attention), H is the mean of the two widths. The T x T square is
+counted whole although a causal mask needs half of it: that is the convention. What a backend skips or recomputes (remat, masked
+blocks) is not counted, and neither are norms, softmax and activations.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ def describe_mfu(model: ModelConfig, seq_len: int, device_kind: str, num_devices
     """One line for the log at start: what a token costs, by which formula, against which peak."""
     parameters, width = matmul_parameters(model), attention_width(model)
     cost = (
-        f"FLOPs a token: 6 * {parameters:,} weights + 12 * {model.num_layers} layers * {seq_len:,} tokens * {width:,.0f} head width"
-        f" = {flops_per_token(model, seq_len) / 1e9:.4g} G"
+        f"FLOPs a token: 6 * {parameters:,} weights + 12 * {model.num_layers} layers * {seq_len:,} tokens * {width:,.0f} head "
+        f"width = {flops_per_token(model, seq_len) / 1e9:.4g} G"
     )
     peak = device_peak(device_kind, model.dtype, peak_tflops)
     devices = f"{num_devices} x {device_kind}"
