@@ -17,6 +17,9 @@ from gptjax.generate.settings import GenerationConfig
 from gptjax.interop.huggingface import architecture_for
 from gptjax.model.attention import Cache
 from gptjax.model.decoder import Decoder
+from gptjax.model.latent import LatentAttention
+from gptjax.model.positions import rotary_angles
+from gptjax.model.rows import Rows
 from gptjax.train import flops
 from gptjax.train.objectives import causal
 from gptjax.train.optimizers import Lengths, make_optimizer, make_schedule, parameter_path
@@ -204,3 +207,54 @@ def test_what_does_not_go_together_is_refused(case: str) -> None:
 def test_export_refuses_it() -> None:
     with pytest.raises(c.UserError, match="attention_kind='latent'"):
         architecture_for(small(LATENT).model)
+
+
+# --- transformers ---------------------------------------------
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("query_latent_dim", [9, 0])
+def test_attention_equals_transformers(query_latent_dim: int) -> None:
+    """Their rotary pairs stand side by side, ours half a head apart; their maps of one input, and of one latent, are fused."""
+    import torch
+    from transformers import DeepseekV2Config
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
+
+    model = small(LATENT, model__query_latent_dim=query_latent_dim, model__norm_epsilon=1e-6).model
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 11, 16)), jnp.float32)
+    positions = jnp.broadcast_to(jnp.arange(11), (2, 11))
+    rows = Rows(positions, rotary_angles(positions, model), None, None, None)
+    layers = random_params(small(LATENT, model__query_latent_dim=query_latent_dim))["layers"]
+    p = jax.tree.map(lambda leaf: leaf[0], layers["attention"])
+    ours = LatentAttention(model).apply({"params": p}, x, rows, None)[0]
+
+    theirs = DeepseekV2Attention(
+        DeepseekV2Config(
+            hidden_size=16, num_attention_heads=4, q_lora_rank=query_latent_dim or None, kv_lora_rank=10, qk_nope_head_dim=6,
+            qk_rope_head_dim=4, v_head_dim=6, max_position_embeddings=16, attn_implementation="eager",
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+        0,
+    )  # fmt: skip
+    side_by_side = [0, 2, 1, 3]
+    queries = np.array(p["query_up" if query_latent_dim else "query"]["kernel"])
+    queries[..., 6:] = queries[..., 6:][..., side_by_side]
+    weights_of = {
+        "kv_a_proj_with_mqa": np.concatenate([p["kv_latent"]["kernel"], p["rotary_key"]["kernel"][:, side_by_side]], 1),
+        "kv_b_proj": np.concatenate([p["key_up"]["kernel"], p["value_up"]["kernel"]], 2).reshape(10, -1),
+        "o_proj": np.array(p["output"]["kernel"]).reshape(-1, 16),
+        "q_b_proj" if query_latent_dim else "q_proj": queries.reshape(queries.shape[0], -1),
+    }
+    state = {f"{name}.weight": torch.tensor(np.array(kernel.T)) for name, kernel in weights_of.items()}
+    state["kv_a_layernorm.weight"] = torch.tensor(np.array(p["kv_latent_norm"]["scale"]))
+    if query_latent_dim:
+        state["q_a_proj.weight"] = torch.tensor(np.array(p["query_latent"]["kernel"]).T)
+        state["q_a_layernorm.weight"] = torch.tensor(np.array(p["query_latent_norm"]["scale"]))
+    theirs.load_state_dict(state)
+    hidden = torch.tensor(np.array(x))
+    with torch.no_grad():
+        turns = DeepseekV2RotaryEmbedding(theirs.config)(hidden, torch.tensor(np.array(positions)))
+        mask = torch.triu(torch.full((11, 11), -torch.inf), 1)[None, None]
+        expected = theirs(hidden, mask, position_embeddings=turns)[0].numpy()
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())

@@ -32,7 +32,8 @@ MODELS = {
     "llama": SIZES
     | LLAMA
     | DROPOUT
-    | {"model.attention": "dense", "model.remat": "full", "model.scan_unroll": 2, "train.accumulation_steps": 2},
+    | {"model.attention": "dense", "model.remat": "full", "model.scan_unroll": 2, "train.accumulation_steps": 2}
+    | {"model.attention_window": 5, "model.attention_pattern": ("local", "global"), "model.position_pattern": ("rotary", "none")},
 }
 MESHES: dict[str, dict[str, dict[str, int]]] = {
     "gpt2": {
@@ -147,6 +148,7 @@ if __name__ == "__main__":
     }
     refused = [
         refusal(mesh__stage=2, mesh__data=1, model__num_layers=3),
+        refusal(mesh__stage=2, mesh__data=1, **{"model.position": "none", "model.position_pattern": ("none", "rotary")}),
         refusal(mesh__stage=2, mesh__data=1, mesh__micro_batches=3),
         refusal(mesh__stage=2, mesh__data=2, data__batch_size=8, mesh__micro_batches=4, train__accumulation_steps=2),
         refusal(mesh__stage=2, mesh__data=1, mesh__micro_batches=4, evaluate__batch_size=6),
