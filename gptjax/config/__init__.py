@@ -27,6 +27,7 @@ from gptjax.config.mixture import mixture_sources, mixture_weights
 from gptjax.config.model import ATTENTION_CAPABILITIES, ModelConfig, attention_refusal
 from gptjax.config.objective import ObjectiveConfig
 from gptjax.config.optimizer import OptimizerConfig
+from gptjax.config.patterns import check_stages, layer_configs
 from gptjax.config.run import CheckpointConfig, EvaluateConfig, MeshConfig, MetricsConfig, TrainConfig
 from gptjax.config.schema import Config
 
@@ -49,6 +50,8 @@ __all__ = [
     "knob",
     "ATTENTION_CAPABILITIES",
     "attention_refusal",
+    "check_stages",
+    "layer_configs",
     "ModelConfig",
     "DataConfig",
     "ObjectiveConfig",

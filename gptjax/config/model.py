@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gptjax.config import patterns
 from gptjax.config.knobs import UserError, knob
 
 if TYPE_CHECKING:
@@ -28,8 +29,23 @@ class ModelConfig:
     norm: str = knob("layernorm", "Normalisation before each sub-layer and at the end.", choices=("layernorm", "rmsnorm"))
     norm_epsilon: float = knob(1e-5, "Added to the variance.", above=0)
     norm_bias: bool = knob(True, "LayerNorm has a bias (RMSNorm never has one).")
-    position: str = knob("learned", "How a token knows its place.", choices=("learned", "rotary", "none"))
+    position: str = knob(
+        "learned",
+        "How a token knows its place; sinusoidal: fixed vectors added to the embedding (Vaswani et al., 2017).",
+        choices=("learned", "sinusoidal", "rotary", "none"),
+    )
+    position_pattern: tuple[str, ...] = knob(
+        (),
+        "Each layer's position, repeated through the layers: rotary,rotary,rotary,none is SmolLM3's and Llama 4's (iRoPE); "
+        "empty: model.position in all.",
+        choices=patterns.LAYER_POSITIONS,
+    )
     rope_base: float = knob(10000.0, "Base of the rotary frequencies.", above=1)
+    local_rope_base: float = knob(
+        0.0,
+        "Base of the local layers of attention_pattern, which rope_scaling leaves as they are (Gemma 3); 0: as the others.",
+        at_least=0,
+    )
     rotary_fraction: float = knob(1.0, "Share of each head that rotary positions turn, from its front.", above=0, at_most=1)
     rope_scaling: str = knob(
         "none", "How rotary frequencies stretch to longer contexts.", choices=("none", "linear", "dynamic", "llama3", "yarn")
@@ -55,7 +71,20 @@ class ModelConfig:
     )
     activation: str = knob("gelu_tanh", "Non-linearity of the MLP.", choices=("gelu", "gelu_tanh", "relu", "silu"))
     gated_mlp: bool = knob(False, "down(activation(gate(x)) * up(x)) in place of down(activation(up(x))).")
-    attention_bias: bool = knob(True, "Biases on the query, key, value and output projections.")
+    attention_kind: str = knob(
+        "multi_head",
+        "multi_head: keys and values of each head, or of groups of heads where num_kv_heads says so; latent: keys and values "
+        "made of one small vector a token, which is all that a cache holds (multi-head latent attention, DeepSeek-V2, 2024).",
+        choices=("multi_head", "latent"),
+    )
+    kv_latent_dim: int = knob(0, "latent: width of the vector that keys and values are made of.", at_least=0)
+    query_latent_dim: int = knob(0, "latent: width of a vector that queries are made of; 0: of the residual stream.", at_least=0)
+    rotary_head_dim: int = knob(
+        0, "latent: width of what rotary positions turn, beside head_dim in each query and in one key for all heads.", at_least=0
+    )
+    attention_bias: bool = knob(
+        True, "Biases on the query, key, value and output projections; not on latent's maps out of small vectors."
+    )
     attention_output_bias: bool = knob(True, "With attention_bias: on the output projection too.")
     query_key_norm: bool = knob(False, "`norm` over each head's query and key, before they are rotated.")
     mlp_bias: bool = knob(True, "Biases in the MLP.")
@@ -100,12 +129,23 @@ class ModelConfig:
         choices=("auto", "dense", "blockwise", "xla", "cudnn", "splash"),
     )
     attention_window: int = knob(0, "Latest tokens that a query sees, its own included; 0: all.", at_least=0)
+    attention_pattern: tuple[str, ...] = knob(
+        (),
+        "Layers that have attention_window, local, and that see everything, global, repeated through the layers (Gemma 2: "
+        "local,global); empty: all have it.",
+        choices=("local", "global"),
+    )
     attention_softcap: float = knob(0.0, "Scores become cap * tanh(score / cap), as in Gemma 2; 0: off.", at_least=0)
 
     @property
     def rotary_dim(self) -> int:
         """Numbers of each head that rotary positions turn."""
-        return int(self.head_dim * self.rotary_fraction)
+        return self.rotary_head_dim if self.attention_kind == "latent" else int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def query_dim(self) -> int:
+        """Width of one head's query and key."""
+        return self.head_dim + self.rotary_head_dim
 
 
 # What each attention backend can do besides causal attention over packed segments with grouped heads. "context": over a sequence
@@ -132,16 +172,17 @@ def attention_refusal(model: ModelConfig, backend: str, seq_len: int, context: i
         if name not in ATTENTION_CAPABILITIES[backend]:
             able = [other for other, abilities in ATTENTION_CAPABILITIES.items() if name in abilities]
             return f"model.attention={backend} cannot do {key}; {' and '.join(able)} can."
+    width = "model.head_dim" + (" + model.rotary_head_dim" if model.rotary_head_dim else "")
     if backend == "cudnn":
         if model.dtype != "bfloat16":
             return f"model.attention=cudnn needs model.dtype=bfloat16, not {model.dtype}; model.attention=dense takes both."
-        if model.head_dim % 8 or model.head_dim > 128:
-            return f"model.attention=cudnn needs a model.head_dim of 8, 16, ..., 128, not {model.head_dim}; dense takes any."
+        if model.query_dim % 8 or model.query_dim > 128:
+            return f"model.attention=cudnn needs a {width} of 8, 16, ..., 128, not {model.query_dim}; dense takes any."
         if seq_len % 2:
             return f"model.attention=cudnn needs an even data.seq_len, not {seq_len}; dense takes any."
     if backend == "splash":
-        if model.head_dim % 64:
-            return f"model.attention=splash needs a model.head_dim that 64 divides, not {model.head_dim}; dense takes any."
+        if model.query_dim % 64:
+            return f"model.attention=splash needs a {width} that 64 divides, not {model.query_dim}; dense takes any."
         if seq_len % (128 * context):
             over = f"128 * mesh.context={128 * context}" if context > 1 else "128"
             return f"model.attention=splash needs a data.seq_len that {over} divides, not {seq_len}; blockwise takes others."
@@ -186,22 +227,62 @@ def check(config: Config) -> None:
         raise UserError(
             f"data.seq_len={data.seq_len} is longer than model.max_seq_len={model.max_seq_len}, the positions that the model has."
         )
-    if model.attention != "auto" and (refusal := attention_refusal(model, model.attention, data.seq_len)):
-        raise UserError(refusal)
+    patterns.check(model)
+    for layer in patterns.layer_configs(model) if model.attention != "auto" else ():
+        if refusal := attention_refusal(layer, model.attention, data.seq_len):
+            raise UserError(refusal)
+    _check_latent(model)
     _check_rotary(model)
     _check_experts(config)
 
 
+# What latent attention leaves no choice in.
+_LATENT_TAKES: dict[str, tuple[Any, ...]] = {
+    "position": ("learned", "sinusoidal", "rotary", "none"),
+    "query_key_norm": (False,),
+    "rotary_fraction": (1.0,),
+}
+
+
+def _check_latent(model: ModelConfig) -> None:
+    kind = f"model.attention_kind={model.attention_kind}"
+    if model.attention_kind != "latent":
+        for name in ("kv_latent_dim", "query_latent_dim", "rotary_head_dim"):
+            if value := getattr(model, name):
+                raise UserError(f"model.{name}={value} is for model.attention_kind=latent, not for {kind}; change one of them.")
+        return
+    if not model.kv_latent_dim:
+        raise UserError(f"{kind} needs model.kv_latent_dim, the width of what keys and values are made of; it is 0.")
+    if model.num_kv_heads != model.num_heads:
+        raise UserError(
+            f"model.num_kv_heads={model.num_kv_heads} shares keys among model.num_heads={model.num_heads}, but {kind} makes each "
+            "head's own of one vector; set model.num_kv_heads to 0."
+        )
+    for name, allowed in _LATENT_TAKES.items():
+        if (value := getattr(model, name)) not in allowed:
+            raise UserError(f"{kind} cannot do model.{name}={value}; it takes {', '.join(map(str, allowed))}.")
+    if model.rotary_head_dim and "rotary" not in patterns.positions(model):
+        raise UserError(
+            f"model.rotary_head_dim={model.rotary_head_dim} is for rotary positions, but model.position={model.position}; "
+            "change one of them."
+        )
+
+
 def _check_rotary(model: ModelConfig) -> None:
-    if model.position != "rotary":
+    if "rotary" not in patterns.positions(model):
         for name, idle in (("rope_scaling", "none"), ("rotary_fraction", 1.0)):
             if getattr(model, name) != idle:
                 raise UserError(
                     f"model.{name}={getattr(model, name)} needs model.position=rotary, but model.position={model.position}."
                 )
         return
-    if model.head_dim % 2:
+    if model.attention_kind != "latent" and model.head_dim % 2:
         raise UserError(f"rotary positions need an even model.head_dim, not {model.head_dim}.")
+    if model.attention_kind == "latent" and (model.rotary_head_dim % 2 or not model.rotary_head_dim):
+        raise UserError(
+            f"model.attention_kind=latent with model.position=rotary needs an even model.rotary_head_dim of at least 2, "
+            f"not {model.rotary_head_dim}."
+        )
     if model.rotary_dim % 2 or not model.rotary_dim:
         raise UserError(
             f"model.rotary_fraction={model.rotary_fraction} of model.head_dim={model.head_dim} is {model.rotary_dim} numbers, "

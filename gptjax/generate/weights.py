@@ -49,7 +49,9 @@ def check(config: ModelConfig, weights: str) -> None:
         return
     if config.num_experts:
         raise UserError(f"weights=int8 is for dense MLPs, but model.num_experts={config.num_experts}; choose bfloat16.")
-    longest = max(config.model_dim, config.mlp_dim, config.num_heads * config.head_dim)
+    longest = max(
+        config.model_dim, config.mlp_dim, config.num_heads * config.head_dim, config.kv_latent_dim, config.query_latent_dim
+    )
     if longest > LONGEST_INT8:
         raise UserError(
             f"weights=int8 sums at most {LONGEST_INT8} products exactly, but a kernel has {longest}; choose bfloat16."

@@ -10,9 +10,12 @@ from gptjax.model import primitives
 from gptjax.model.attention import Attention
 from gptjax.model.cache import Cache
 from gptjax.model.experts import ExpertMLP, RouterStats
+from gptjax.model.latent import LatentAttention
 from gptjax.model.layers import MLP, Norm
 from gptjax.model.rows import Rows
 from gptjax.parallel.sharding import constrain
+
+ATTENTION_KINDS: dict[str, type[nn.Module]] = {"multi_head": Attention, "latent": LatentAttention}
 
 
 class Block(nn.Module):
@@ -34,7 +37,9 @@ class Block(nn.Module):
 
         x_BTD = constrain(x_BTD, "batch", "length", None)
         y_BTD = Norm(c, name="attention_norm")(x_BTD)
-        y_BTD, cache = Attention(c, name="attention")(y_BTD, rows._replace(dropout_keys=attention_keys), cache)
+        y_BTD, cache = ATTENTION_KINDS[c.attention_kind](c, name="attention")(
+            y_BTD, rows._replace(dropout_keys=attention_keys), cache
+        )
         input_BTD, x_BTD = x_BTD, x_BTD + primitives.dropout(y_BTD, c.residual_dropout, residual_keys)
 
         y_BTD, stats = Norm(c, name="mlp_norm")(input_BTD if c.block == "parallel" else x_BTD), None

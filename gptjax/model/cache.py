@@ -20,22 +20,26 @@ _FLOOR = float(jnp.finfo(jnp.float32).min)
 
 @struct.dataclass
 class Cache:
-    """Keys and values of the tokens seen so far, [L, B, S, K, H] each; slot s holds the token at position s.
+    """Keys and values of the tokens seen so far, [L, B, S, K, H] each; slot s holds the token at position s. Of latent
+    attention it is one key for all heads, a part of which values are made of.
 
     Slots past a row's last position hold leftovers of padding; the mask never lets a query see past its own position, and the
     row's next tokens overwrite them.
     """
 
     keys: jax.Array
-    values: jax.Array
+    values: jax.Array | None  # None: they are the keys
     layer: int = struct.field(pytree_node=False, default=-1)  # the one that is read and written; -1: none
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, length: int) -> Cache:
         """For `length` positions and `batch` rows at least: lengths go up to whole blocks, rows to what the mesh divides."""
         rows = -(-batch // parts("batch")) * parts("batch")
-        shape = (config.num_layers, rows, -(-length // BLOCK) * BLOCK, config.num_kv_heads, config.head_dim)
-        return cls(_laid_out(jnp.zeros(shape, config.dtype)), _laid_out(jnp.zeros(shape, config.dtype)))
+        is_latent = config.attention_kind == "latent"
+        width = (1, config.kv_latent_dim + config.rotary_head_dim) if is_latent else (config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, rows, -(-length // BLOCK) * BLOCK, *width)
+        keys, values = (_laid_out(jnp.zeros(shape, config.dtype)) for _ in range(2))
+        return cls(keys, None if is_latent else values)
 
     @property
     def rows(self) -> int:
@@ -44,14 +48,15 @@ class Cache:
     def of_layer(self, layer: int) -> Cache:
         return dataclasses.replace(self, layer=layer)
 
-    def write(self, keys_BTKH: jax.Array, values_BTKH: jax.Array, positions_BT: jax.Array) -> Cache:
+    def write(self, keys_BTKH: jax.Array, values_BTKH: jax.Array | None, positions_BT: jax.Array) -> Cache:
         """With the keys and values of T tokens of this layer put at their positions, in place where that is possible."""
         rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
 
         def put(cached: jax.Array, new_BTKH: jax.Array) -> jax.Array:
             return _laid_out(cached.at[self.layer, rows_B1, positions_BT].set(new_BTKH.astype(cached.dtype), mode="drop"))
 
-        return dataclasses.replace(self, keys=put(self.keys, keys_BTKH), values=put(self.values, values_BTKH))
+        both = (self.keys, self.values), (keys_BTKH, values_BTKH)
+        return dataclasses.replace(self, **dict(zip(("keys", "values"), jax.tree.map(put, *both), strict=True)))
 
     def block(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of this layer at positions number * BLOCK and on, [B, K, C, H] each."""
@@ -61,7 +66,8 @@ class Cache:
             start = (self.layer, 0, number * BLOCK, 0, 0)
             return jax.lax.dynamic_slice(cached, start, (1, rows, BLOCK, heads, width))[0].swapaxes(1, 2)
 
-        return cut(self.keys), cut(self.values)
+        keys_BKCH = cut(self.keys)
+        return keys_BKCH, keys_BKCH if self.values is None else cut(self.values)
 
 
 def _laid_out(cached: jax.Array) -> jax.Array:
@@ -77,16 +83,23 @@ def visible(before: jax.Array, window: int) -> jax.Array:
 
 
 def cached_attention(
-    q_BTNH: jax.Array, cache: Cache, positions_BT: jax.Array, window: int = 0, softcap: float = 0.0
+    q_BTNH: jax.Array,
+    cache: Cache,
+    positions_BT: jax.Array,
+    window: int = 0,
+    softcap: float = 0.0,
+    *,
+    scale: float | None = None,
 ) -> jax.Array:
-    """Attention [B, T, N, H] of queries at `positions_BT` over the layer's cache; scores and softmax in float32.
+    """Attention [B, T, N, H] of queries at `positions_BT` over the layer's cache; scores and softmax in float32. `scale`: of the
+    products, H**-0.5 by default.
 
     Blocks of keys one after the other with a running maximum and sum (Milakov and Gimelshein, 2018), as far as the last position
     of any row. A block that a row does not see leaves the row's numbers as they are, to the bit.
     """
     batch, length, heads, width = q_BTNH.shape
     kv_heads = cache.keys.shape[3]
-    groups = heads // kv_heads
+    groups, scale = heads // kv_heads, width**-0.5 if scale is None else scale
     q_BKMH = q_BTNH.reshape(batch, length, kv_heads, groups, width).swapaxes(1, 2).reshape(batch, kv_heads, -1, width)
     positions_BM = jnp.repeat(positions_BT, groups, axis=1)
     if length * groups == 1:  # as in kernels.py: a product of one row would take another road
@@ -95,7 +108,7 @@ def cached_attention(
     def add_block(number: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         highest_BKM, total_BKM, out_BKMH = sums
         k_BKCH, v_BKCH = cache.block(number)
-        scores_BKMC = jnp.einsum("BKMH,BKCH->BKMC", q_BKMH, k_BKCH, preferred_element_type=jnp.float32) * width**-0.5
+        scores_BKMC = jnp.einsum("BKMH,BKCH->BKMC", q_BKMH, k_BKCH, preferred_element_type=jnp.float32) * scale
         if softcap:
             scores_BKMC = softcap * jnp.tanh(scores_BKMC / softcap)
         before_BMC = positions_BM[:, :, None] - (number * BLOCK + jnp.arange(BLOCK))

@@ -12,13 +12,15 @@ argument. Parameters of the L blocks are stacked on a leading axis, whether the 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, check_stages, layer_configs
 from gptjax.model import primitives
 from gptjax.model.block import Block
 from gptjax.model.cache import Cache
@@ -26,7 +28,7 @@ from gptjax.model.embedding import Embedding
 from gptjax.model.experts import ROUTED, RouterStats
 from gptjax.model.kernels import Kernel
 from gptjax.model.layers import PROJECTED, Norm, parameter
-from gptjax.model.positions import rotary_angles
+from gptjax.model.positions import angles_by_base, angles_key
 from gptjax.model.rows import Rows
 from gptjax.parallel.pipeline import num_micro_batches, pipelined
 from gptjax.parallel.sharding import axis_size, mesh_config
@@ -39,15 +41,6 @@ REMAT_POLICIES = {
 }
 
 
-def _block(config: ModelConfig) -> type[Block]:
-    """Block, its backward pass computing again what the config says."""
-    if config.remat == "none":
-        return Block
-    # A loop keeps XLA from merging what is computed again with the first time; unrolled, or run once, it is no loop.
-    is_loop = config.scan_unroll == 1 and config.num_layers > 1
-    return nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=not is_loop)
-
-
 class Decoder(nn.Module):
     """Token ids to logits."""
 
@@ -56,16 +49,16 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed = Embedding(c)
+        # Makes the parameters of all layers, stacked; `_scanned` and `_with_cache` run them.
         self.layers = nn.scan(
-            _block(c),
+            Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0),
             out_axes=0,
             length=c.num_layers,
-            unroll=c.scan_unroll or c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c)
+        )(layer_configs(c)[0])
         self.final_norm = Norm(c)
         if not c.tied_embeddings:
             normal = nn.initializers.normal(c.init_std)
@@ -94,48 +87,116 @@ class Decoder(nn.Module):
         x_BTD = self.embed(tokens_BT, positions_BT)
         if dropout_keys is not None:
             x_BTD = primitives.dropout(x_BTD, c.embedding_dropout, primitives.fold_in(dropout_keys, 0))
-        angles = rotary_angles(positions_BT, c) if c.position == "rotary" else None
+        angles = angles_by_base(positions_BT, layer_configs(c))
         rows = Rows(positions_BT, angles, segment_ids_BT, prefix_BT, dropout_keys)
-        if axis_size("stage") > 1 and cache is None and not self.is_initializing():
-            x_BTD, stats = self._through_stages(x_BTD, rows)
+        if self.is_initializing():  # parameters depend on no angles
+            x_BTD, (_, stats) = self.layers(x_BTD, rows._replace(angles=None), jnp.arange(c.num_layers), None)
         elif cache is not None:
             x_BTD, cache, stats = self._with_cache(x_BTD, rows, cache)
         else:
-            x_BTD, (_, stats) = self.layers(x_BTD, rows, jnp.arange(c.num_layers), None)
+            x_BTD, stats = self._without_cache(x_BTD, rows)
         return self.final_norm(x_BTD), cache, stats
 
     def _with_cache(self, x_BTD: jax.Array, rows: Rows, cache: Cache) -> tuple[jax.Array, Cache, None]:
-        """`self.layers` one after the other, on the same parameters or on those that generation has prepared.
+        """All layers one after the other, on the same parameters or on those that generation has prepared.
 
         A scan would copy each layer's kernels and cache out of the stack, and the cache back, for every token.
         """
-        c = self.config
-        block, layers = Block(c, parent=None), self.variables["params"]["layers"]
-        for n in range(c.num_layers):
+        layers = self.variables["params"]["layers"]
+        kinds = [_applied(kind, Block) for kind in layer_configs(self.config)]
+        for n in range(self.config.num_layers):
             own = layers[str(n)] if str(n) in layers else jax.tree.map(lambda leaf, n=n: leaf[n], layers)
-            applied: Any = block.apply({"params": own}, x_BTD, rows, n, cache.of_layer(n))
-            x_BTD, (written, _) = applied
+            x_BTD, (written, _) = kinds[n % len(kinds)](own, n, x_BTD, rows, cache.of_layer(n))
             cache = written.of_layer(-1)
         return x_BTD, cache, None
 
-    def _through_stages(self, x_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, RouterStats | None]:
-        """`self.layers` as a pipeline, on the same parameters."""
-        c = self.config
-        block = _block(c)(c, parent=None)
-
-        def layer(params: Any, x_bTD: jax.Array, rows: Rows, number: jax.Array) -> tuple[jax.Array, Any]:
-            x_bTD, (_, stats) = block.apply({"params": params}, x_bTD, rows, number, None)
-            return x_bTD, stats
-
-        micro_batches = num_micro_batches(mesh_config(), axis_size("stage"))
-        params = self.variables["params"]["layers"]
-        return pipelined(layer, params, x_BTD, rows, micro_batches, c.scan_unroll or c.num_layers)
+    def _without_cache(self, x_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, RouterStats | None]:
+        """All layers, as a pipeline where the mesh has stages."""
+        c, params, stages = self.config, self.variables["params"]["layers"], axis_size("stage")
+        layers = functools.partial(_scanned, c)
+        if stages == 1:
+            return layers(params, jnp.arange(c.num_layers), x_BTD, rows)
+        check_stages(c, stages)
+        return pipelined(layers, params, x_BTD, rows, num_micro_batches(mesh_config(), stages))
 
     def __call__(self, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, Cache | None]:
         """(logits [B, T, V] in float32, cache); arguments as `hidden`."""
         hidden_BTD, cache, _ = self.hidden(tokens_BT, *args, **kwargs)
         table = self.embed.tokens if self.config.tied_embeddings else self.head
         return logits(hidden_BTD, table, self.config), cache
+
+
+# --- layers ------------------------------------------------------------------------------------
+
+
+def _applied(kind: ModelConfig, block: type[Block]) -> Callable[..., tuple[jax.Array, Any]]:
+    """(parameters, number, x_BTD, rows, cache) to what a block of this kind gives. `rows` has the angles of all kinds."""
+    module = block(kind, parent=None)
+
+    def apply(params: Any, number: Any, x_BTD: jax.Array, rows: Rows, cache: Cache | None) -> tuple[jax.Array, Any]:
+        own = rows._replace(angles=rows.angles.get(angles_key(kind)))
+        with jax.named_scope("layers"):
+            applied: Any = module.apply({"params": params}, x_BTD, own, number, cache)
+        return applied
+
+    return apply
+
+
+def _scanned(
+    config: ModelConfig, params: Any, numbers_l: jax.Array, x_BTD: jax.Array, rows: Rows
+) -> tuple[jax.Array, RouterStats | None]:
+    """Consecutive layers, the first of them the first of a period: (x_BTD, what their routers did, [l, ...] each).
+
+    A scan over groups of p layers, where layers repeat after p: those of a group are traced one by one, each of its own kind, so
+    that what a window leaves out is known when tracing. What p does not divide follows by itself, for which the scanned layers
+    are copied out of the stack.
+    """
+    kinds, length = layer_configs(config), len(numbers_l)
+    groups, rest = divmod(length, len(kinds))
+    unroll = -(-config.scan_unroll // len(kinds)) or groups
+    # A loop keeps XLA from merging what is computed again with the first time; unrolled, or run once, it is no loop.
+    is_loop = unroll == 1 and groups > 1
+    in_loop = [_applied(kind, _block(config, is_loop)) for kind in kinds]
+
+    def one(layer: Callable, x_BTD: jax.Array, own: Any) -> tuple[jax.Array, Any]:
+        x_BTD, (_, stats) = layer(*own, x_BTD, rows, None)
+        return x_BTD, stats
+
+    def one_by_one(layers: list, x_BTD: jax.Array, own: Any) -> tuple[jax.Array, Any]:
+        found = []
+        for layer, item in zip(layers, _unstacked(own, len(layers)), strict=True):
+            x_BTD, stats = one(layer, x_BTD, item)
+            found.append(stats)
+        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+    own = (params, numbers_l)
+    if len(kinds) == 1:
+        return jax.lax.scan(functools.partial(one, in_loop[0]), x_BTD, own, unroll=unroll)
+    grouped = jax.tree.map(lambda leaf: leaf[: length - rest].reshape(groups, len(kinds), *leaf.shape[1:]), own)
+    x_BTD, stats = jax.lax.scan(functools.partial(one_by_one, in_loop), x_BTD, grouped, unroll=unroll)
+    stats = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stats)
+    if rest:
+        alone = [_applied(kind, _block(config, False)) for kind in kinds[:rest]]
+        x_BTD, more = one_by_one(alone, x_BTD, jax.tree.map(lambda leaf: leaf[length - rest :], own))
+        stats = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), stats, more)
+    return x_BTD, stats
+
+
+def _unstacked(tree: Any, length: int) -> list[Any]:
+    """The `length` items of a tree of arrays [length, ...], whose gradients are put together again without sums."""
+    leaves, structure = jax.tree.flatten(tree)
+    split = [[part[0] for part in jnp.split(leaf, length)] for leaf in leaves]
+    return [jax.tree.unflatten(structure, item) for item in zip(*split, strict=True)]
+
+
+def _block(config: ModelConfig, in_loop: bool) -> type[Block]:
+    """Block, its backward pass computing again what the config says."""
+    if config.remat == "none":
+        return Block
+    return nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=not in_loop)
+
+
+# --- logits ------------------------------------------------------------------------------------
 
 
 def logits(hidden_BTD: jax.Array, table: Any, config: ModelConfig) -> jax.Array:

@@ -12,11 +12,12 @@ from gptjax.config import ModelConfig
 from gptjax.model import primitives
 from gptjax.model.kernels import Kernel
 from gptjax.model.layers import parameter
+from gptjax.model.positions import sinusoids
 from gptjax.parallel.sharding import constrain
 
 
 class Embedding(nn.Module):
-    """Tokens, and learned positions where the config has them, to vectors."""
+    """Tokens, and learned or sinusoidal positions where the config has them, to vectors."""
 
     config: ModelConfig
 
@@ -34,6 +35,8 @@ class Embedding(nn.Module):
         x_BTD = _look_up(self.tokens, tokens_BT).astype(dtype)
         if self.config.position == "learned":
             x_BTD = x_BTD + _look_up(self.positions, positions_BT).astype(dtype)
+        if self.config.position == "sinusoidal":
+            x_BTD = x_BTD + sinusoids(positions_BT, self.config.model_dim)
         return x_BTD.astype(self.config.dtype)
 
 

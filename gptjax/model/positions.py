@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,27 @@ def rotary_angles(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Arr
     angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin, factor = jnp.cos(angles_BT1F), jnp.sin(angles_BT1F), attention_factor(config)
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+
+
+def angles_by_base(positions_BT: jax.Array, layers: tuple[ModelConfig, ...]) -> dict[Any, tuple[jax.Array, jax.Array]]:
+    """`rotary_angles` once for all layers that turn alike, by `angles_key`; no entry for layers that turn nothing."""
+    kinds = {angles_key(layer): layer for layer in layers if layer.position == "rotary"}
+    return {key: rotary_angles(positions_BT, layer) for key, layer in kinds.items()}
+
+
+def angles_key(layer: ModelConfig) -> tuple[Any, ...]:
+    """What the angles of a model's layers may differ in."""
+    return (layer.position, layer.rope_base, layer.rope_scaling)
+
+
+def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
+    """[B, T, width] in float32: sin(p / 10000**(2i/width)) at 2i, cos of the same at 2i + 1 (Vaswani et al., 2017, section 3.5).
+
+    An odd width has one sine more.
+    """
+    turns_BTF = positions_BT[..., None].astype(jnp.float32) * 10000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    pairs_BTF2 = jnp.stack([jnp.sin(turns_BTF), jnp.cos(turns_BTF)], axis=-1)
+    return pairs_BTF2.reshape(*positions_BT.shape, -1)[..., :width]
 
 
 def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import mesh_utils
 
-from gptjax.config import Config, MeshConfig, UserError, attention_refusal
+from gptjax.config import Config, MeshConfig, UserError, attention_refusal, check_stages, layer_configs
 from gptjax.parallel.pipeline import num_micro_batches
 
 # Outermost first: neighbours along the last axis are the nearest devices, and tensor parallelism talks the most.
@@ -94,5 +94,7 @@ def check_divides(config: Config, mesh: Any) -> None:
     for key, number, axes, size in needs:
         if number % size:
             raise UserError(f"{key}={number} does not divide over {axes}={size}; change one of them.")
-    if model.attention != "auto" and (refusal := attention_refusal(model, model.attention, data.seq_len, context)):
-        raise UserError(refusal)
+    check_stages(model, mesh.shape["stage"])
+    for layer in layer_configs(model) if model.attention != "auto" else ():
+        if refusal := attention_refusal(layer, model.attention, data.seq_len, context):
+            raise UserError(refusal)

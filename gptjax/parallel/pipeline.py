@@ -40,18 +40,17 @@ def bubble_fraction(stages: int, micro_batches: int, repeats: int = 1) -> float:
 
 
 def pipelined(
-    layer: Callable[[Any, jax.Array, Any, jax.Array], tuple[jax.Array, Any]],
+    layers: Callable[..., tuple[jax.Array, Any]],
     params: Any,
     x_BTD: jax.Array,
     per_row: Any,
     micro_batches: int,
-    unroll: int,
 ) -> tuple[jax.Array, Any]:
     """(`x_BTD` through all L layers, [B, T, D]; the layers' sums, [L, ...]), over the `stage` axis of the mesh that is set.
 
-    `layer(its parameters, x_bTD, per_row, its number)` is one layer and gives (x_bTD, sums over the rows: a tree of arrays, or
-    None), the latter added up over micro-batches. Leaves of `params` are [L, ...]; those of `per_row` [B, ...] go with their
-    rows through all layers, unchanged. `unroll`: layers in one iteration of a stage's loop.
+    `layers(their parameters, their numbers, x_bTD, per_row)` are those of one stage and give (x_bTD, sums over the rows: a tree
+    of arrays [L/S, ...], or None), the latter added up over micro-batches. Leaves of `params` are [L, ...]; those of `per_row`
+    [B, ...] go with their rows through all layers, unchanged.
     Raises `UserError` where B does not divide into micro-batches.
     """
     stages, rows = axis_size(AXIS), x_BTD.shape[0]
@@ -59,12 +58,6 @@ def pipelined(
         raise UserError(f"{rows} rows do not divide into mesh.micro_batches={micro_batches}; change one of them.")
     numbers_L = jnp.arange(jax.tree.leaves(params)[0].shape[0])
     own_S = jax.tree.map(lambda leaf: leaf.reshape(stages, -1, *leaf.shape[1:]), (params, numbers_L))
-
-    def stage(own: Any, x_bTD: jax.Array, per_row: Any) -> tuple[jax.Array, Any]:
-        def body(x_bTD: jax.Array, of_layer: Any) -> tuple[jax.Array, Any]:
-            return layer(of_layer[0], x_bTD, per_row, of_layer[1])
-
-        return jax.lax.scan(body, x_bTD, own, unroll=unroll)
 
     # Row r goes to micro-batch r % M, so that a device's share of the batch stays on it.
     x_MbTD, per_row_M = jax.tree.map(
@@ -85,7 +78,7 @@ def pipelined(
         here_S = jax.tree.map(lambda leaf: jnp.take(leaf, micro_batch_S, axis=0, mode="clip"), per_row_M)
         here_S = jax.tree.map(lambda leaf: constrain(leaf, "stages", "batch", *[None] * (leaf.ndim - 2)), here_S)
         x_SbTD = constrain(x_SbTD, "stages", "batch", "length", None)
-        y_SbTD, sums_S = jax.vmap(stage, spmd_axis_name=AXIS)(own_S, x_SbTD, here_S)
+        y_SbTD, sums_S = jax.vmap(layers, spmd_axis_name=AXIS)(*own_S, x_SbTD, here_S)
         y_SbTD = constrain(y_SbTD, "stages", "batch", "length", None)
         return jnp.roll(y_SbTD, 1, axis=0), (y_SbTD, sums_S)
 

@@ -28,6 +28,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "latent": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "lookup_width": ("tensor",),

@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.config import Config
+from gptjax.config.patterns import positions
 from gptjax.model import primitives
 from gptjax.model.attention import choose_backend
 from gptjax.parallel.mesh import abstract_mesh, batch_shards, check_divides
 from gptjax.plan.roofline import expert_places
+from gptjax.train.flops import attention_parameters
 from gptjax.train.optimizers import Lengths
 from gptjax.train.step import abstract_state
 
@@ -58,7 +60,7 @@ class _Layer(NamedTuple):
 
 def _layer(config: Config, mesh: Any, platform: str) -> _Layer:
     m, tensor = config.model, mesh.shape["tensor"]
-    head = math.ceil(m.head_dim / LANES) * LANES if platform == "tpu" else m.head_dim
+    head = math.ceil(m.query_dim / LANES) * LANES if platform == "tpu" else m.query_dim
     hidden, places = float(m.mlp_dim), 0.0
     if m.num_experts:
         places = _places(config, mesh)
@@ -81,9 +83,11 @@ def saved_elements(config: Config, mesh: Any, platform: str) -> float:
     saved = layer.width + m.num_experts  # the layer's input, and what its router said
     if m.remat != "full":  # what projections give, but for the last one's of the MLP, which no gradient reads; experts' is read
         saved += layer.heads + 2 * layer.kv_heads + layer.width + ups * layer.hidden + layer.places
+        saved += m.kv_latent_dim + m.rotary_head_dim + m.query_latent_dim
     if m.remat == "none":  # what they read, too
+        saved += m.kv_latent_dim + m.query_latent_dim
         saved += 2 * layer.width + layer.heads + ups * layer.hidden + 2 * layer.places
-        saved += (layer.heads + layer.kv_heads) * ((m.position == "rotary") + m.query_key_norm)
+        saved += (layer.heads + layer.kv_heads) * (("rotary" in positions(m)) + m.query_key_norm)
     return saved
 
 
@@ -144,7 +148,7 @@ def _head(config: Config, mesh: Any, tokens: float, width: int) -> float:
 def _layer_weights(config: Config, mesh: Any) -> float:
     """Elements of one layer's matrices on one device, gathered over fsdp."""
     m = config.model
-    attention = 2 * m.model_dim * m.head_dim * (m.num_heads + m.num_kv_heads)
+    attention = attention_parameters(m)
     mlp_dim = float(m.mlp_dim)
     if m.num_experts:
         mlp_dim = m.expert_mlp_dim * (m.num_experts / mesh.shape["expert"] + m.num_shared_experts)

@@ -15,7 +15,7 @@ from gptjax.config import Config, ModelConfig
 from gptjax.model.experts import capacity
 from gptjax.plan.chips import Topology
 from gptjax.plan.hlo import Collective, Program
-from gptjax.train.flops import flops_per_token
+from gptjax.train.flops import attention_parameters, attention_width, flops_per_token
 
 EFFICIENCY = 0.8  # of the peak that large products reach; an assumption, not a measurement
 CHIPLET_LINKS = 12  # a TPU7x's two halves: six times an ICI dimension, whose two directions are two links (Google's TPU7x page)
@@ -42,8 +42,8 @@ def recomputed_flops_per_token(model: ModelConfig, seq_len: int, kernel: bool = 
     no gradient needs; that of routed experts is needed, by their weights. `kernel`: attention's backward pass is two kernels,
     which draw the scores twice and their gradient twice: 7 products in place of 4.
     """
-    attention = 4.0 * seq_len * model.num_heads * model.head_dim
-    projections = 4.0 * model.model_dim * model.head_dim * (model.num_heads + model.num_kv_heads)
+    attention = 4.0 * seq_len * attention_width(model)
+    projections = 2.0 * attention_parameters(model)
     ups, experts = (2.0 if model.gated_mlp else 1.0), 0.0
     mlp_dim = model.mlp_dim
     if model.num_experts:
@@ -51,7 +51,7 @@ def recomputed_flops_per_token(model: ModelConfig, seq_len: int, kernel: bool = 
         experts = 2.0 * (ups + 1) * model.model_dim * model.expert_mlp_dim * expert_places(model, seq_len)
     up = 2.0 * ups * model.model_dim * mlp_dim
     again = {"none": 0.0, "dots": attention, "full": attention + projections + up + experts}[model.remat]
-    return model.num_layers * (again + (6.0 * seq_len * model.num_heads * model.head_dim if kernel else 0.0))
+    return model.num_layers * (again + (6.0 * seq_len * attention_width(model) if kernel else 0.0))
 
 
 def flops_by_formula(config: Config, kernel: bool = False) -> dict[str, float]:

@@ -9,8 +9,9 @@ P is the number of weights that take part in a matrix product: projections, MLPs
 embedding; looking an embedding up costs nothing. Of routed experts it counts as many as a token goes to, dropped or not. A weight
 is one multiply and one add forward (2) and twice that backward (6).
 Attention adds scores and weighted values, 2 * T * N * H each forward, so 12 * T * N * H with the backward pass in each of L
-layers. The T x T square is counted whole although a causal mask needs half of it: that is the convention. What a backend skips
-or recomputes (remat, masked blocks) is not counted, and neither are norms, softmax and activations.
+layers; where queries and keys are wider than values (latent attention), H is the mean of the two widths. The T x T square is
+counted whole although a causal mask needs half of it: that is the convention. What a backend skips or recomputes (remat, masked
+blocks) is not counted, and neither are norms, softmax and activations.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def matmul_parameters(model: ModelConfig) -> int:
     if unsettled:
         raise ValueError(f"model.{' and model.'.join(unsettled)} must be settled before parameters are counted.")
     width = model.model_dim
-    attention = 2 * width * model.num_heads * model.head_dim + 2 * width * model.num_kv_heads * model.head_dim
+    attention = attention_parameters(model)
     matrices = 3 if model.gated_mlp else 2
     mlp = matrices * width * model.mlp_dim
     if model.num_experts:
@@ -57,9 +58,25 @@ def matmul_parameters(model: ModelConfig) -> int:
     return model.num_layers * (attention + mlp) + width * model.vocab_size
 
 
+def attention_parameters(model: ModelConfig) -> int:
+    """Weights of one layer's attention that each token is multiplied with."""
+    c = model
+    if c.attention_kind != "latent":
+        return 2 * c.model_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
+    queries, query = c.num_heads * c.query_dim, c.query_latent_dim
+    of_queries = query * (c.model_dim + queries) if query else c.model_dim * queries
+    of_latent = c.model_dim * (c.kv_latent_dim + c.rotary_head_dim) + c.kv_latent_dim * 2 * c.num_heads * c.head_dim
+    return of_queries + of_latent + c.num_heads * c.head_dim * c.model_dim
+
+
+def attention_width(model: ModelConfig) -> float:
+    """N * H of the formula: of all heads, the mean of the widths that scores and weighted values are sums over."""
+    return model.num_heads * (model.query_dim + model.head_dim) / 2
+
+
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Model FLOPs of training (forward and backward) for one token in rows of `seq_len` tokens: see the head of this file."""
-    return 6.0 * matmul_parameters(model) + 12.0 * model.num_layers * seq_len * model.num_heads * model.head_dim
+    return 6.0 * matmul_parameters(model) + 12.0 * model.num_layers * seq_len * attention_width(model)
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
@@ -85,10 +102,10 @@ def mfu(tokens_per_second: float | None, token_flops: float, num_devices: int, p
 
 def describe_mfu(model: ModelConfig, seq_len: int, device_kind: str, num_devices: int, peak_tflops: float = 0.0) -> str:
     """One line for the log at start: what a token costs, by which formula, against which peak."""
-    parameters, width = matmul_parameters(model), model.num_heads * model.head_dim
+    parameters, width = matmul_parameters(model), attention_width(model)
     cost = (
-        f"FLOPs a token: 6 * {parameters:,} weights + 12 * {model.num_layers} layers * {seq_len:,} tokens * {width:,} head width"
-        f" = {flops_per_token(model, seq_len) / 1e9:.4g} G"
+        f"FLOPs a token: 6 * {parameters:,} weights + 12 * {model.num_layers} layers * {seq_len:,} tokens * {width:,.0f} head "
+        f"width = {flops_per_token(model, seq_len) / 1e9:.4g} G"
     )
     peak = device_peak(device_kind, model.dtype, peak_tflops)
     devices = f"{num_devices} x {device_kind}"

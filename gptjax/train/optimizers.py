@@ -153,6 +153,7 @@ def _lion(config: Config, rate: Schedule, total_steps: int) -> optax.GradientTra
 
 # How many axes of a block's kernel, after the stacked ones, are inputs.
 _INPUT_AXES = {"output": 2, "query": 1, "key": 1, "value": 1, "up": 1, "gate": 1, "down": 1, "router": 1}
+_INPUT_AXES |= {"kv_latent": 1, "query_latent": 1, "query_up": 1, "rotary_key": 1, "key_up": 1, "value_up": 1}
 
 
 def _num_input_axes(path: tuple[Any, ...]) -> int | None:

@@ -112,6 +112,7 @@ def run_config(arguments: argparse.Namespace) -> tuple[pathlib.Path, Config]:
     trained = config_lib.from_json(own)
     config = recipes.load_recipe(arguments.config or str(own), arguments.overrides).with_vocab_size(trained.model.vocab_size)
     shapes = {"vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_seq_len"}
+    shapes |= {"attention_kind", "kv_latent_dim", "query_latent_dim", "rotary_head_dim"}
     shapes |= {"num_experts", "expert_mlp_dim", "num_shared_experts"}
     for key, (was, now) in config_lib.differences(trained, config).items():
         group, _, name = key.partition(".")

@@ -32,7 +32,8 @@ MODELS = {
     "llama": SIZES
     | LLAMA
     | DROPOUT
-    | {"model.attention": "dense", "model.remat": "full", "model.scan_unroll": 2, "train.accumulation_steps": 2},
+    | {"model.attention": "dense", "model.remat": "full", "model.scan_unroll": 2, "train.accumulation_steps": 2}
+    | {"model.attention_window": 5, "model.attention_pattern": ("local", "global"), "model.position_pattern": ("rotary", "none")},
 }
 MESHES: dict[str, dict[str, dict[str, int]]] = {
     "gpt2": {
@@ -102,8 +103,11 @@ def by_hand() -> dict[str, float]:
     def layer(w_D: Any, x_bTD: Any, row_b: Any, number: Any) -> tuple[Any, Any]:
         return jnp.sin(x_bTD * w_D + row_b[:, None, None] * number), {"sum": x_bTD.sum((0, 1)), "rows": row_b.sum()}
 
+    def layers(w_LD: Any, numbers_L: Any, x_bTD: Any, row_b: Any) -> tuple[Any, Any]:
+        return jax.lax.scan(lambda x_bTD, own: layer(own[0], x_bTD, row_b, own[1]), x_bTD, (w_LD, numbers_L))
+
     def objective(w_LD: Any, x_BTD: Any) -> tuple[Any, Any]:
-        y_BTD, sums = pipeline.pipelined(layer, w_LD, x_BTD, row_B.astype(np.float32), micro_batches=3, unroll=1)
+        y_BTD, sums = pipeline.pipelined(layers, w_LD, x_BTD, row_B.astype(np.float32), micro_batches=3)
         return (y_BTD**2).sum() + (sums["sum"] ** 2).sum(), (y_BTD, sums)
 
     config = MeshConfig(data=2, stage=4)
@@ -144,6 +148,7 @@ if __name__ == "__main__":
     }
     refused = [
         refusal(mesh__stage=2, mesh__data=1, model__num_layers=3),
+        refusal(mesh__stage=2, mesh__data=1, **{"model.position": "none", "model.position_pattern": ("none", "rotary")}),
         refusal(mesh__stage=2, mesh__data=1, mesh__micro_batches=3),
         refusal(mesh__stage=2, mesh__data=2, data__batch_size=8, mesh__micro_batches=4, train__accumulation_steps=2),
         refusal(mesh__stage=2, mesh__data=1, mesh__micro_batches=4, evaluate__batch_size=6),

@@ -75,8 +75,9 @@ def test_activations_are_shifted_and_parameters_stay(found: dict[str, Any]) -> N
 
 
 def test_what_does_not_divide_is_refused(found: dict[str, Any]) -> None:
-    layers, rows, rows_over_data, evaluation, no_pipeline = found["refused"]
+    layers, period, rows, rows_over_data, evaluation, no_pipeline = found["refused"]
     assert "model.num_layers=3 does not divide over mesh.stage=2" in layers
+    assert "mesh.stage=2 leaves 1 layers a stage, not whole repetitions of the 2 of model.attention_pattern" in period
     over = "does not divide over mesh.data * mesh.fsdp * mesh.expert * mesh.micro_batches"
     assert f"data.batch_size / train.accumulation_steps=8 {over}=3" in rows
     assert f"data.batch_size / train.accumulation_steps=4 {over}=8" in rows_over_data
