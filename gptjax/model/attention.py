@@ -56,10 +56,9 @@ def masked_attention(
     function: str = "",
     learned: Learned | None = None,
 ) -> jax.Array:
-    """Attention, [B, T, N, H], with the whole score matrix held; softmax in float32. Arguments as `blockwise_attention`, but that a
-    mask says what is seen.
+    """Attention, [B, T, N, H], with the whole score matrix held; softmax in float32.
 
-    Query heads share K key heads. `softcap`: scores s become softcap * tanh(s / softcap) (Gemma 2); 0: they stay.
+    Arguments as `blockwise_attention`, but that a mask says what is seen. `softcap`: Gemma 2's.
     """
     batch, length, heads, width = q_BTNH.shape
     groups, learned = heads // k_BSKH.shape[2], by_group(learned, k_BSKH.shape[2])
@@ -271,8 +270,8 @@ def attend(
 class Attention(nn.Module):
     """Causal multi-head attention with grouped keys and values (Ainslie et al., 2023).
 
-    What scores are made with beside queries and keys is declared in scores.py and biases.py; T5's table of distances is this layer's
-    own.
+    What scores are made with beside queries and keys is declared in scores.py and biases.py; T5's table of distances is a
+    parameter of this layer, its own.
     """
 
     config: ModelConfig

@@ -177,7 +177,7 @@ def with_sink(dlearned: Any, learned: Learned, lse_BKGT: jax.Array, owed_BKGT: j
 def backward_block(
     options: Options, places: tuple[Any, Any], row: tuple, keys: Keys, learned: Learned
 ) -> tuple[tuple, tuple, dict[str, jax.Array]]:
-    """((d queries,), (d keys, d values), {name: d learned, the sink's left out}) in float32 that a block of queries and one of keys
+    """((d queries,), (d keys, d values), {name: d learned, but for the sink}) in float32, what a block of queries and one of keys
     owe to each other.
 
     `places`: of the first query and the first key. `row`: queries, their segments, dropout's keys, the output's gradient, the
@@ -191,7 +191,8 @@ def backward_block(
     dscores_BKGtS = weights_BKGtS * (dweights_BKGtS - owed_BKGt[..., None])
     dlearned = {}
     if "bias" in learned:
-        _, back = jax.vjp(lambda bias: of_block(bias, *places, *dscores_BKGtS.shape[3:]), learned["bias"])
+        rows, columns = dscores_BKGtS.shape[3:]
+        _, back = jax.vjp(lambda bias: of_block(bias, places[0], places[1], rows, columns), learned["bias"])
         (dlearned["bias"],) = back(dscores_BKGtS.sum(0))
     if options.function:
         dscores_BKGtS = dscores_BKGtS if slopes_BKGtS is None else dscores_BKGtS * slopes_BKGtS
@@ -206,8 +207,8 @@ def backward_block(
 
 
 def scores(options, places, q_BKGtH, segments_Bt, keys: Keys, learned) -> tuple[jax.Array, jax.Array | None]:
-    """(scores in float32, capped, with what is added by distance, [B, K, G, t, S], -inf where a query may not see; the cap's slope,
-    None without).
+    """(scores in float32, capped, then with what is added by distance, [B, K, G, t, S], -inf where a query may not see; the cap's
+    slope, None without).
 
     `places`: queries stand at places[0], places[0] + 1, ..., keys at places[1], ...
     """
@@ -221,7 +222,7 @@ def scores(options, places, q_BKGtH, segments_Bt, keys: Keys, learned) -> tuple[
         scores_BKGtS, slopes_BKGtS = options.softcap * tanh_BKGtS, 1 - jnp.square(tanh_BKGtS)
     rows, columns = scores_BKGtS.shape[-2:]
     if "bias" in learned:
-        scores_BKGtS = scores_BKGtS + of_block(learned["bias"], *places, rows, columns)
+        scores_BKGtS = scores_BKGtS + of_block(learned["bias"], places[0], places[1], rows, columns)
     before_tS = (places[0] + jnp.arange(rows))[:, None] - (places[1] + jnp.arange(columns))
     if options.causal:
         scores_BKGtS = jnp.where(_but(before_tS < 0, keys.prefix), -jnp.inf, scores_BKGtS)

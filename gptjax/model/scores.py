@@ -1,4 +1,4 @@
-"""How queries meet keys: the table of attention scores. Axis letters: see decoder.py; t, s: queries and keys of a part of a block.
+"""How queries meet keys: the table of attention scores. Axis letters: see decoder.py; t, s: queries and keys of a part of them.
 
 A score of your own is a function, a line of `ATTENTION_SCORES` and a choice of `model.attention_score` in config/model.py; every
 backend that holds scores itself (dense, blockwise, over mesh.context, with a cache) then has it, gradients included.
@@ -34,8 +34,8 @@ class Learn(NamedTuple):
 class Score(NamedTuple):
     """One way to score. It is a product of queries and keys, times head_dim**power, where `function` is None."""
 
-    # (learned, queries [B, K, G, t, H], keys [B, K, s, H]), float32 -> scores [B, K, G, t, s]. It is called with parts small enough
-    # to hold some arrays [B, K, G, t, s, H].
+    # (learned, queries [B, K, G, t, H], keys [B, K, s, H]), float32 -> scores [B, K, G, t, s]. It is called with parts so small
+    # that it may hold a few arrays [B, K, G, t, s, H].
     function: Callable[[Learned, jax.Array, jax.Array], jax.Array] | None = None
     power: float = 0.0
     # (learned, queries [B, T, N, H], keys [B, T, K, H]) -> both, as backends are to get them; before positions turn them.
@@ -44,13 +44,13 @@ class Score(NamedTuple):
 
 
 def additive(learned: Learned, q_BKGtH: jax.Array, k_BKsH: jax.Array) -> jax.Array:
-    """v . tanh(query + key), v [H] for each head (Bahdanau et al., 2015, appendix A.1.2): the two projections are its matrices."""
+    """v . tanh(query + key), v [H] for each head (Bahdanau et al., 2015, appendix A.1.2), whose matrices are the projections."""
     hidden_BKGtsH = jnp.tanh(q_BKGtH[..., None, :] + k_BKsH[:, :, None, None])
     return primitives.row_sum(hidden_BKGtsH * learned["score_vector"].astype(jnp.float32)[:, :, None, None])
 
 
 def _directions(learned: Learned, q_BTNH: jax.Array, k_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Queries and keys of length 1 each, queries times their head's temperature (Henry et al., 2020, whose temperature is one)."""
+    """Queries and keys of length 1 each, queries times their head's temperature (after Henry et al., 2020, who have one)."""
     width = q_BTNH.shape[-1]
     unit_H = jnp.full(width, width**-0.5, jnp.float32)  # x / (sqrt(H) * rms(x)) = x / |x|
     q_BTNH, k_BTKH = (primitives.rms_norm(x, unit_H, _TINY) for x in (q_BTNH, k_BTKH))
