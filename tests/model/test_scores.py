@@ -347,7 +347,7 @@ def test_a_score_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 8)), jnp.float32)
     rows = Rows(jnp.arange(6)[None], None, None, None, None)
     params = nn.unbox(Attention(config).init(jax.random.key(0), x, rows, None)["params"])
-    params |= {"sharpness": jnp.asarray([0.5, 2.0]), "query": {"kernel": params["key"]["kernel"].repeat(2, 1) + 0.1, "bias": 0.0}}
+    params = jax.tree.map(lambda leaf: 20 * leaf, params) | {"sharpness": jnp.asarray([0.5, 2.0])}
 
     def run(params: Any, backend: str) -> Any:
         return Attention(dataclasses.replace(config, attention=backend)).apply({"params": params}, x, rows, None)[0].sum()
@@ -370,15 +370,15 @@ def test_a_score_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_additive_score_holds_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 1024 queries and keys, forward and backward: less at once than one number a pair, let alone one vector."""
+    """Of 4096 queries and keys, forward and backward: less at once than one number a pair, let alone one vector."""
     monkeypatch.setattr(scores, "_MOST", 2**14)
     config = ModelConfig(vocab_size=5, num_heads=1, num_kv_heads=1, head_dim=16, mlp_dim=8, attention="blockwise")
     config = dataclasses.replace(config, attention_score="additive")
-    q = jax.ShapeDtypeStruct((1, 1024, 1, 16), jnp.float32)
+    q = jax.ShapeDtypeStruct((1, 4096, 1, 16), jnp.float32)
     learned = {"score_vector": jax.ShapeDtypeStruct((1, 16), jnp.float32)}
     gradient = jax.grad(lambda q, k, v, learned: attend(config, q, k, v, learned=learned).sum(), (0, 1, 2, 3))
-    compiled = jax.jit(gradient).lower(q, q, q, learned).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 1024 * 1024 * 4
+    compiled = jax.jit(gradient, compiler_options={"xla_backend_optimization_level": 0}).lower(q, q, q, learned).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 4
 
 
 def test_products_go_to_every_backend() -> None:
@@ -428,7 +428,7 @@ def test_refused_by_name(knobs: dict[str, Any], sentence: str) -> None:
 )
 def test_what_another_format_cannot_say_is_not_exported(knobs: dict[str, str]) -> None:
     ((name, value),) = knobs.items()
-    with pytest.raises(UserError, match=f"cannot do .*model.{name}={value}"):
+    with pytest.raises(UserError, match=f"cannot do model.{name}={value!r}"):
         architecture_for(small({f"model.{name}": value}).model)
 
 
