@@ -24,7 +24,7 @@ from gptjax.config.door import (
 )
 from gptjax.config.knobs import UserError, duration, knob
 from gptjax.config.mixture import mixture_sources, mixture_weights
-from gptjax.config.model import ATTENTION_CAPABILITIES, ModelConfig, attention_refusal
+from gptjax.config.model import ATTENTION_CAPABILITIES, DISTANCE_POSITIONS, PRODUCT_SCORES, ModelConfig, attention_refusal
 from gptjax.config.objective import ObjectiveConfig
 from gptjax.config.optimizer import OptimizerConfig
 from gptjax.config.patterns import check_stages, layer_configs
@@ -49,6 +49,8 @@ __all__ = [
     "duration",
     "knob",
     "ATTENTION_CAPABILITIES",
+    "DISTANCE_POSITIONS",
+    "PRODUCT_SCORES",
     "attention_refusal",
     "check_stages",
     "layer_configs",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gptjax.config.model import ModelConfig
 
 # Positions that a layer has by itself, so that they can differ from layer to layer; the others are added to the embedding.
-LAYER_POSITIONS = ("rotary", "none")
+LAYER_POSITIONS = ("rotary", "alibi", "t5", "none")
 
 
 def positions(model: ModelConfig) -> tuple[str, ...]:

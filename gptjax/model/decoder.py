@@ -58,7 +58,7 @@ class Decoder(nn.Module):
             out_axes=0,
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(layer_configs(c)[0])
+        )(_declaring(layer_configs(c)))
         self.final_norm = Norm(c)
         if not c.tied_embeddings:
             normal = nn.initializers.normal(c.init_std)
@@ -127,6 +127,11 @@ class Decoder(nn.Module):
 
 
 # --- layers ------------------------------------------------------------------------------------
+
+
+def _declaring(kinds: tuple[ModelConfig, ...]) -> ModelConfig:
+    """The kind of layer that declares the parameters of all: stacked, they are the same in each, used or not."""
+    return next((kind for kind in kinds if kind.position == "t5"), kinds[0])
 
 
 def _applied(kind: ModelConfig, block: type[Block]) -> Callable[..., tuple[jax.Array, Any]]:

@@ -13,8 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.model import primitives
-from gptjax.model.attention import attend
-from gptjax.model.cache import Cache, cached_attention
+from gptjax.model.attention import attend_rows
+from gptjax.model.cache import Cache
 from gptjax.model.kernels import Kernel
 from gptjax.model.layers import PROJECTED, Norm, Projection, linear, parameter
 from gptjax.model.positions import rotate
@@ -100,22 +100,18 @@ class LatentAttention(nn.Module):
 
         if cache is not None:
             q_BTNW = jnp.concatenate([key_up.into_queries(q_BTNH), turned_q_BTNR], axis=-1)
-            cache = cache.write(jnp.concatenate([latent_BTC[:, :, None], turned_k_BT1R], axis=-1), None, rows.positions_BT)
-            scores = {"scale": c.query_dim**-0.5, "window": c.attention_window, "softcap": c.attention_softcap}
-            mixed_BTNW = cached_attention(q_BTNW, cache, rows.positions_BT, **scores)
+            k_BT1W = jnp.concatenate([latent_BTC[:, :, None], turned_k_BT1R], axis=-1)
+            mixed_BTNW, cache = attend_rows(self, q_BTNW, k_BT1W, None, rows, cache, width=c.query_dim)
             return output(value_up.out_of_latents(mixed_BTNW[..., : c.kv_latent_dim])), cache
 
         k_BTNH, v_BTNH = key_up(latent_BTC), value_up(latent_BTC)
-        if self.is_initializing():
-            return output(v_BTNH), None
         # Backends take queries, keys and values of one width: values are filled up with zeros, which give zeros.
         turned_k_BTNR = jnp.broadcast_to(turned_k_BT1R, turned_q_BTNR.shape)
         q_BTNW, k_BTNW, v_BTNW = (
             jnp.concatenate(parts, axis=-1)
             for parts in ((q_BTNH, turned_q_BTNR), (k_BTNH, turned_k_BTNR), (v_BTNH, jnp.zeros_like(turned_k_BTNR)))
         )
-        keys = rows.dropout_keys if c.attention_dropout else None
-        out_BTNW = attend(c, q_BTNW, k_BTNW, v_BTNW, rows.segment_ids_BT, prefix_BT=rows.prefix_BT, dropout_keys=keys)
+        out_BTNW, _ = attend_rows(self, q_BTNW, k_BTNW, v_BTNW, rows, None)
         return output(out_BTNW[..., : c.head_dim]), None
 
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
