@@ -305,7 +305,7 @@ def _read(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
         "tokens_per_second": rate,
         "mfu": mfu(rate, flops_per_token(c.model, c.data.seq_len), run.mesh.size, peak),
         "seconds": run.seconds,
-    } | {name: value for name, value in values.items() if name.startswith("moe/")}
+    } | {name: value for name, value in values.items() if name.startswith(("moe/", "heads/"))}
     run.metrics.write(row)
     run.line.row(row)
 

@@ -7,6 +7,7 @@ A row is a flat dict. The names that others read:
     tokens_per_second      over a moving window, compilation and evaluation left out
     learning_rate, gradient_norm, mfu, ...
     moe/load_balance       1 where the experts' load is even; moe/router_z, moe/busiest: see model/experts.py
+    heads/nll_2, ...       nll of each further prediction head, over its own targets
     moe/dropped            (token, expert) choices of all layers that found no place; moe/dropped_fraction: of all choices
 """
 

@@ -85,9 +85,12 @@ def parameter_path(path: tuple[Any, ...]) -> str:
 
 
 def decay_mask(config: OptimizerConfig, params: Any) -> Any:
-    """True for each parameter that weight decay applies to: those that no pattern of `optimizer.no_decay` is found in."""
+    """True for each parameter that weight decay applies to: those that no pattern of `optimizer.no_decay` is found in, but for
+    the blocks' layer scales, which weigh a branch as a norm's scale would.
+    """
+    patterns = (*config.no_decay, "layer_scale$")
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not any(re.search(pattern, parameter_path(path)) for pattern in config.no_decay), params
+        lambda path, _: not any(re.search(pattern, parameter_path(path)) for pattern in patterns), params
     )
 
 
@@ -103,16 +106,20 @@ def _lion(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransf
 _INPUT_AXES = {"output": 2, "query": 1, "key": 1, "value": 1, "up": 1, "gate": 1, "down": 1, "router": 1}
 
 
+# Whose parameters are blocks', stacked.
+_STACKS = ("layers", "prediction_heads")
+
+
 def _num_input_axes(path: tuple[Any, ...]) -> int | None:
     """Of a kernel of the blocks, [L, *in, *out] or [L, E, in, out]; None for any other parameter."""
     names = parameter_path(path).split("/")
-    return _INPUT_AXES[names[-2]] if names[0] == "layers" and names[-1] == "kernel" else None
+    return _INPUT_AXES[names[-2]] if names[0] in _STACKS and names[-1] == "kernel" else None
 
 
 def _num_stacked_axes(path: tuple[Any, ...]) -> int:
     """How many leading axes count matrices: layers, and experts."""
     names = parameter_path(path).split("/")
-    if names[0] != "layers":
+    if names[0] not in _STACKS:
         return 0
     return 2 if names[1] == "experts" and names[2] in ("up", "gate", "down") else 1
 
