@@ -27,7 +27,9 @@ class ModelConfig:
     max_seq_len: int = knob(1024, "Longest sequence that the model may see: the rows of learned positions.", at_least=1)
 
     norm: str = knob(
-        "layernorm", "Normalisation of the blocks and at their end; none: no norm at all.", choices=("layernorm", "rmsnorm", "none")
+        "layernorm",
+        "Normalisation of the blocks and at their end; none: no norm at all.",
+        choices=("layernorm", "rmsnorm", "none"),
     )
     norm_placement: str = knob(
         "pre",
