@@ -28,13 +28,13 @@ class ModelConfig:
 
     norm: str = knob(
         "layernorm",
-        "Normalisation of the blocks and at their end; none: no norm at all.",
+        "Normalisation in the blocks and at their end; none: nowhere.",
         choices=("layernorm", "rmsnorm", "none"),
     )
     norm_placement: str = knob(
         "pre",
-        "Where a block's norms stand. pre: x + f(norm(x)), and one norm at the end (GPT-2). post: norm(x + f(x)), and none at the "
-        "end (Vaswani et al., 2017). sandwich: x + norm(f(norm(x))), and one at the end (Gemma 2).",
+        "Where a block's norms stand. pre: x + f(norm(x)), and one norm at the end (GPT-2). post: norm(x + f(x)), and none at "
+        "the end (Vaswani et al., 2017). sandwich: x + norm(f(norm(x))), and one at the end (Gemma 2).",
         choices=("pre", "post", "sandwich"),
     )
     norm_epsilon: float = knob(1e-5, "Added to the variance.", above=0)
@@ -67,8 +67,8 @@ class ModelConfig:
     )
     residual_scale: float = knob(
         1.0,
-        "What attention and MLP give is multiplied by it before it is added, as by 1 / sqrt(2 * num_layers); norm_placement=post: "
-        "1 / alpha is DeepNet's norm(alpha * x + f(x)) (Wang et al., 2022).",
+        "What attention and MLP give is multiplied by it before it is added, as by 1 / sqrt(2 * num_layers); with "
+        "norm_placement=post 1 / alpha is DeepNet's norm(alpha * x + f(x)) (Wang et al., 2022).",
         above=0,
     )
     layer_scale: float = knob(
@@ -94,8 +94,8 @@ class ModelConfig:
     tied_embeddings: bool = knob(True, "The output head is the transposed token embedding.")
     embedding_scale: float = knob(
         1.0,
-        "Factor on the token embeddings as they enter, not where they are the output head; 0: sqrt(model_dim), as in the original "
-        "Transformer and Gemma.",
+        "Factor on the token embeddings as they enter, not where they are the output head; 0: sqrt(model_dim), as in the "
+        "original Transformer and Gemma.",
         at_least=0,
     )
     embedding_dim: int = knob(
@@ -132,8 +132,8 @@ class ModelConfig:
     residual_dropout: float = knob(0.0, "Dropout rate on each sub-layer's output.", at_least=0, below=1)
     stochastic_depth: float = knob(
         0.0,
-        "A row of the batch leaves out a sub-layer with a probability that rises with depth, from stochastic_depth / num_layers in "
-        "the first layer to this in the last (Huang et al., 2016); the others are scaled to keep the mean.",
+        "A row of the batch leaves out a sub-layer with a probability that rises with depth, from stochastic_depth / num_layers "
+        "in the first layer to this in the last (Huang et al., 2016); the others are scaled to keep the mean.",
         at_least=0,
         below=1,
     )
@@ -276,8 +276,8 @@ def _check_block(config: Config) -> None:
         )
     if model.prediction_heads > 1 and config.objective.name != "causal":
         raise UserError(
-            f"model.prediction_heads={model.prediction_heads} predicts later tokens, for which objective.name={config.objective.name} "
-            "has no targets; use causal or set model.prediction_heads=1."
+            f"model.prediction_heads={model.prediction_heads} predicts later tokens, for which "
+            f"objective.name={config.objective.name} has no targets; use causal or set model.prediction_heads=1."
         )
 
 
