@@ -78,5 +78,7 @@ def _first_sentence(text: str | None) -> str:
 
 
 def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.wrap(text, max(width, _NARROWEST), initial_indent=first, subsequent_indent=others, **options)
+    width = max(width, _NARROWEST)
+    wrapper = textwrap.TextWrapper(width, initial_indent=first, subsequent_indent=others, break_long_words=False)
+    wrapper.break_on_hyphens = False
+    return wrapper.wrap(text)

@@ -24,9 +24,11 @@ def prepare(params: Any, config: ModelConfig, weights: str = "") -> Any:
 
     `weights`: what kernels, embedding and head are stored as, "float32", "bfloat16" or "int8"; "": config.dtype. Operands of
     their products have that type, but activations against int8 weights stay float32; norms, biases, learned positions, routers
-    and experts are as they were, further prediction heads are left out. What is prepared already comes back as it is. May be traced.
+    and experts are as they were, further prediction heads are left out. What is prepared already comes back as it is. May be
+    traced.
 
-    The factor of a factorised embedding is not rounded to int8. int8 is symmetric and for each output channel (each row of embedding and head): weight = scale * q, q from -127 to 127.
+    int8 is symmetric and for each output channel (each row of embedding and head): weight = scale * q, q from -127 to 127. The
+    factor of a factorised embedding, which multiplies in both directions, stays float32 then.
 
     Raises `UserError` for other `weights`, and for int8 with experts or with channels too long to sum.
     """

@@ -43,7 +43,8 @@ def softmax_cross_entropy(
 
     loss = (1 - label_smoothing) * nll + label_smoothing * (mean over V of -log p) + z_loss * log(Z)**2 (Szegedy et al., 2016;
     Chowdhery et al., 2022). `head` is [D, V], or with `transposed` the embedding [V, D]. Products are in `dtype`, logits and
-    softmax in float32; `softcap`: logits become softcap * tanh(logits / softcap) (Gemma 2), 0: they stay. `chunk` is the number of positions, of all rows together, whose logits are held at once; 0 chooses.
+    softmax in float32. `softcap`: logits become softcap * tanh(logits / softcap) (Gemma 2); 0: they stay. `chunk` is the
+    number of positions, of all rows together, whose logits are held at once; 0 chooses.
     Parts: `nll_sum` (without smoothing and z-loss) and `weight_sum`; they carry no gradient.
 
     Under differentiation the gradients for `hidden_BTD` and `head` are computed in the forward pass, chunk by chunk, and only

@@ -15,6 +15,7 @@ import pytest
 
 from gptjax.config import UserError
 from gptjax.generate import forward, weights
+from gptjax.interop.huggingface import architecture_for
 from gptjax.model import primitives
 from gptjax.model.block import Block
 from gptjax.model.cache import Cache
@@ -175,6 +176,16 @@ def test_forms_that_do_not_exist_are_refused_by_name(knobs: dict[str, Any], name
     with pytest.raises(UserError) as refused:
         small({f"model.{name}": value for name, value in knobs.items()})
     assert all(name in str(refused.value) for name in named)
+
+
+def test_an_export_that_could_not_say_a_form_is_refused_by_its_name() -> None:
+    for name, value in {"norm_placement": "sandwich", "residual_scale": 0.5, "layer_scale": 0.1, "embedding_scale": 4.0}.items():
+        with pytest.raises(UserError, match=f"model.{name}="):
+            architecture_for(small({f"model.{name}": value}).model)
+    for name, value in {"embedding_dim": 8, "logit_softcap": 3.0, "prediction_heads": 2, "block": "parallel_shared"}.items():
+        with pytest.raises(UserError, match=f"model.{name}="):
+            architecture_for(small({f"model.{name}": value}).model)
+    assert architecture_for(small(model__stochastic_depth=0.5).model) == "gpt2"
 
 
 # --- stochastic depth -------------------------------------------------------
