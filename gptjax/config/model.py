@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +27,24 @@ class ModelConfig:
     mlp_dim: int = knob(0, "Hidden width of the MLP; 0: 4 * model_dim.", at_least=0)
     max_seq_len: int = knob(1024, "Longest sequence that the model may see: the rows of learned positions.", at_least=1)
 
-    norm: str = knob("layernorm", "Normalisation before each sub-layer and at the end.", choices=("layernorm", "rmsnorm"))
+    norm: str = knob(
+        "layernorm",
+        "Normalisation in the blocks and at their end; none: nowhere.",
+        choices=("layernorm", "rmsnorm", "none"),
+    )
+    norm_placement: str = knob(
+        "pre",
+        "Where a block's norms stand. pre: x + f(norm(x)), and one norm at the end (GPT-2). post: norm(x + f(x)), and none at "
+        "the end (Vaswani et al., 2017). sandwich: x + norm(f(norm(x))), and one at the end (Gemma 2).",
+        choices=("pre", "post", "sandwich"),
+    )
     norm_epsilon: float = knob(1e-5, "Added to the variance.", above=0)
     norm_bias: bool = knob(True, "LayerNorm has a bias (RMSNorm never has one).")
     position: str = knob(
         "learned",
         "How a token knows its place. sinusoidal: fixed vectors added to the embedding (Vaswani et al., 2017). alibi (Press et "
-        "al., 2021): scores fall with the distance, at a fixed slope for each head; t5 (Raffel et al., 2020): a learned number for each "
-        "bucket of distances is added to them, in each layer its own.",
+        "al., 2021): scores fall with the distance, at a fixed slope for each head; t5 (Raffel et al., 2020): a learned number "
+        "for each bucket of distances is added to them, in each layer its own.",
         choices=("learned", "sinusoidal", "rotary", "alibi", "t5", "none"),
     )
     position_pattern: tuple[str, ...] = knob(
@@ -75,11 +86,32 @@ class ModelConfig:
     )
     block: str = knob(
         "serial",
-        "x + attention(norm(x)), then x + mlp(norm(x)); parallel: x + attention(norm(x)) + mlp(norm(x)), each norm its own.",
-        choices=("serial", "parallel"),
+        "x + attention(norm(x)), then x + mlp(norm(x)); parallel: x + attention(norm(x)) + mlp(norm(x)), each norm its own "
+        "(GPT-NeoX), or with norm_placement=post: norm(x + attention(x) + mlp(x)); parallel_shared: both read one norm (GPT-J).",
+        choices=("serial", "parallel", "parallel_shared"),
     )
-    activation: str = knob("gelu_tanh", "Non-linearity of the MLP.", choices=("gelu", "gelu_tanh", "relu", "silu"))
-    gated_mlp: bool = knob(False, "down(activation(gate(x)) * up(x)) in place of down(activation(up(x))).")
+    residual_scale: float = knob(
+        1.0,
+        "What attention and MLP give is multiplied by it before it is added, as by 1 / sqrt(2 * num_layers); with "
+        "norm_placement=post 1 / alpha is DeepNet's norm(alpha * x + f(x)) (Wang et al., 2022).",
+        above=0,
+    )
+    layer_scale: float = knob(
+        0.0,
+        "What attention and MLP give is multiplied by a learned number for each channel, which starts here (LayerScale, Touvron "
+        "et al., 2021); 0: off.",
+        at_least=0,
+    )
+    activation: str = knob(
+        "gelu_tanh",
+        "Non-linearity of the MLP; relu2 is the square of relu (Primer, So et al., 2021).",
+        choices=("gelu", "gelu_tanh", "relu", "relu2", "silu", "sigmoid", "identity"),
+    )
+    gated_mlp: bool = knob(
+        False,
+        "down(activation(gate(x)) * up(x)) in place of down(activation(up(x))): of Shazeer's variants (2020) sigmoid gives GLU, "
+        "identity the bilinear one, relu ReGLU, gelu GEGLU, silu SwiGLU.",
+    )
     attention_kind: str = knob(
         "multi_head",
         "multi_head: keys and values of each head, or of groups of heads where num_kv_heads says so; latent: keys and values "
@@ -98,6 +130,26 @@ class ModelConfig:
     query_key_norm: bool = knob(False, "`norm` over each head's query and key, before they are rotated.")
     mlp_bias: bool = knob(True, "Biases in the MLP.")
     tied_embeddings: bool = knob(True, "The output head is the transposed token embedding.")
+    embedding_scale: float = knob(
+        1.0,
+        "Factor on the token embeddings as they enter, not where they are the output head; 0: sqrt(model_dim), as in the "
+        "original Transformer and Gemma.",
+        at_least=0,
+    )
+    embedding_dim: int = knob(
+        0,
+        "Width of the token table, which a learned map takes to model_dim, and where it is tied back again (ALBERT, Lan et al., "
+        "2020); 0: model_dim, without a map.",
+        at_least=0,
+    )
+    logit_softcap: float = knob(0.0, "Logits become cap * tanh(logit / cap), as in Gemma 2; 0: off.", at_least=0)
+    prediction_heads: int = knob(
+        1,
+        "Tokens that each position learns to predict: head k, from 2 on, is a block of its own on what the last layer gives, and "
+        "predicts k tokens ahead through the same final norm and output head (Gloeckle et al., 2024). Evaluation and generation "
+        "use the first.",
+        at_least=1,
+    )
 
     num_experts: int = knob(0, "Routed experts in place of each block's MLP; 0: a dense MLP.", at_least=0)
     experts_per_token: int = knob(2, "Experts that each token goes to.", at_least=1)
@@ -116,6 +168,13 @@ class ModelConfig:
     embedding_dropout: float = knob(0.0, "Dropout rate on the embeddings.", at_least=0, below=1)
     attention_dropout: float = knob(0.0, "Dropout rate on the attention weights.", at_least=0, below=1)
     residual_dropout: float = knob(0.0, "Dropout rate on each sub-layer's output.", at_least=0, below=1)
+    stochastic_depth: float = knob(
+        0.0,
+        "A row of the batch leaves out a sub-layer with a probability that rises with depth, from stochastic_depth / num_layers "
+        "in the first layer to this in the last (Huang et al., 2016); the others are scaled to keep the mean.",
+        at_least=0,
+        below=1,
+    )
 
     init_std: float = knob(0.02, "Standard deviation of initial weights and embeddings.", above=0)
     scaled_residual_init: bool = knob(
@@ -176,6 +235,16 @@ class ModelConfig:
     def query_dim(self) -> int:
         """Width of one head's query and key."""
         return self.head_dim + self.rotary_head_dim
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that a training step runs: the layers, and one of each further prediction head."""
+        return self.num_layers + self.prediction_heads - 1
+
+    @property
+    def token_scale(self) -> float:
+        """Factor on the token embeddings."""
+        return self.embedding_scale or math.sqrt(self.model_dim)
 
 
 # What each attention backend can do besides causal attention by (scaled) products over packed segments with grouped heads.
@@ -279,10 +348,30 @@ def check(config: Config) -> None:
             f"model.attention_sink_tokens={model.attention_sink_tokens} needs a window that they outlast, "
             "but model.attention_window=0."
         )
+    _check_block(config)
     _check_latent(model)
     _check_rotary(model)
     _check_t5(model)
     _check_experts(config)
+
+
+def _check_block(config: Config) -> None:
+    model = config.model
+    if model.norm == "none":
+        if model.norm_placement != "pre":
+            raise UserError(f"model.norm_placement={model.norm_placement} places norms, but model.norm=none; set one of them.")
+        if model.query_key_norm:
+            raise UserError("model.query_key_norm=True needs a norm, but model.norm=none; set one of them.")
+    if model.norm_placement == "post" and model.block == "parallel_shared":
+        raise UserError(
+            "model.block=parallel_shared shares the norm before both branches, and model.norm_placement=post has none there; "
+            "model.block=parallel gives norm(x + attention(x) + mlp(x))."
+        )
+    if model.prediction_heads > 1 and config.objective.name != "causal":
+        raise UserError(
+            f"model.prediction_heads={model.prediction_heads} predicts later tokens, for which "
+            f"objective.name={config.objective.name} has no targets; use causal or set model.prediction_heads=1."
+        )
 
 
 def _check_t5(model: ModelConfig) -> None:

@@ -166,6 +166,11 @@ def check(config: Config) -> None:
             f"optimizer.cautious=True does not go with optimizer.name={optimizer.name}, whose step rests on what became of the "
             "steps before it."
         )
+    if optimizer.name == "sophia" and (heads := config.model.prediction_heads) > 1:
+        raise UserError(
+            f"optimizer.name=sophia estimates curvature from targets that the model draws, of which model.prediction_heads={heads} "
+            "would need one for each head; change one of them."
+        )
     for key in ("no_decay", "freeze"):
         for pattern in getattr(optimizer, key):
             _check_pattern(f"optimizer.{key}", pattern)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig, UserError
+from gptjax.model.embedding import TRANSPOSED_FACTOR
 from gptjax.model.kernels import LONGEST_INT8, Kernel
 
 WEIGHTS = ("float32", "bfloat16", "int8")
@@ -23,9 +24,11 @@ def prepare(params: Any, config: ModelConfig, weights: str = "") -> Any:
 
     `weights`: what kernels, embedding and head are stored as, "float32", "bfloat16" or "int8"; "": config.dtype. Operands of
     their products have that type, but activations against int8 weights stay float32; norms, biases, learned positions, routers
-    and experts are as they were. What is prepared already comes back as it is. May be traced.
+    and experts are as they were, further prediction heads are left out. What is prepared already comes back as it is. May be
+    traced.
 
-    int8 is symmetric and for each output channel (each row of embedding and head): weight = scale * q, q from -127 to 127.
+    int8 is symmetric and for each output channel (each row of embedding and head): weight = scale * q, q from -127 to 127. The
+    factor of a factorised embedding, which multiplies in both directions, stays float32 then.
 
     Raises `UserError` for other `weights`, and for int8 with experts or with channels too long to sum.
     """
@@ -64,7 +67,10 @@ def _prepare(params: Any, config: ModelConfig, weights: str) -> Any:
         str(n): _kernels(jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"]), weights) for n in range(config.num_layers)
     }
     embed = params["embed"] | {"tokens": _kernel(params["embed"]["tokens"].T, 1, weights)}
-    prepared = params | {"layers": layers, "embed": embed}
+    if config.embedding_dim:
+        factor, kept_as = params["embed"]["factor"], "float32" if weights == "int8" else weights
+        embed |= {"factor": _kernel(factor, 1, kept_as), TRANSPOSED_FACTOR: _kernel(factor.T, 1, kept_as)}
+    prepared = {name: leaf for name, leaf in params.items() if name != "prediction_heads"} | {"layers": layers, "embed": embed}
     if not config.tied_embeddings:
         prepared["head"] = _kernel(params["head"], 1, weights)
     return prepared
@@ -118,6 +124,8 @@ def rounded(params: Any, config: ModelConfig, weights: str) -> Any:
     like = jax.tree.map(lambda leaf: leaf[0], params["layers"])
     layers = [back(prepared["layers"][str(n)], like) for n in range(config.num_layers)]
     embed = params["embed"] | {"tokens": prepared["embed"]["tokens"].rows(jnp.arange(config.vocab_size))}
+    if config.embedding_dim:
+        embed["factor"] = plain(prepared["embed"]["factor"], params["embed"]["factor"])
     whole = prepared | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers), "embed": embed}
     if not config.tied_embeddings:
         whole["head"] = plain(prepared["head"], params["head"])

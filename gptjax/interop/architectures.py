@@ -85,6 +85,9 @@ _ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
+    "relu2": "relu2",
+    "sigmoid": "sigmoid",
+    "linear": "identity",
 }
 
 

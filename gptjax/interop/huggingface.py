@@ -123,6 +123,7 @@ _NOT_THE_MODEL = {
     "embedding_dropout",
     "attention_dropout",
     "residual_dropout",
+    "stochastic_depth",
     "init_std",
     "scaled_residual_init",
     "dtype",

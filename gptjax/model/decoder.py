@@ -59,7 +59,18 @@ class Decoder(nn.Module):
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(_declaring(layer_configs(c)))
-        self.final_norm = Norm(c)
+        if c.prediction_heads > 1:  # likewise, run by `hidden_of_heads`
+            self.prediction_heads = nn.scan(
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0, 0),
+                out_axes=0,
+                length=c.prediction_heads - 1,
+                metadata_params={nn.PARTITION_NAME: "prediction_heads"},
+            )(_declaring(layer_configs(c)))
+        if c.norm_placement != "post":
+            self.final_norm = Norm(c)
         if not c.tied_embeddings:
             normal = nn.initializers.normal(c.init_std)
             self.head = parameter(self, "head", normal, ("table_width", "table_rows"), (c.model_dim, c.vocab_size), c.param_dtype)
@@ -73,14 +84,57 @@ class Decoder(nn.Module):
         dropout_keys: Any = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
-        """The normed output of the last block, [B, T, D], the cache with these tokens written in, and what the routers of all
-        layers did (None: no experts).
+        """What the output table is multiplied with, the normed output of the last block, [B, T, D], or [B, T, E] where a table
+        [V, E] is tied; the cache with these tokens written in; and what the routers of all layers did (None: no experts).
 
         `segment_ids_BT`: tokens see only their own segment (packed documents). `prefix_BT`, bool: tokens that all of their
         segment see; others are seen by later ones only. `dropout_keys`: one a row; None: no dropout.
         With a cache, token t stands at `positions_BT[:, t]` and sees all positions up to its own; without, it sees the row up
         to t.
         """
+        x_BTD, _, cache, stats = self._trunk(tokens_BT, positions_BT, segment_ids_BT, prefix_BT, dropout_keys, cache)
+        return self._out(x_BTD), cache, stats
+
+    def hidden_of_heads(self, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> tuple[list[jax.Array], RouterStats | None]:
+        """(`hidden` of each prediction head, the first being the decoder's own; what all routers did). Arguments as `hidden`,
+        without a cache.
+
+        Gloeckle et al. (2024): a block of its own for each head on one trunk, then one norm and one output table for all. Theirs
+        branches off before the last layer, so that the first head too is a block beside the others; here it is the decoder
+        itself, whole, and the others are blocks on top.
+        """
+        c = self.config
+        x_BTD, rows, _, stats = self._trunk(tokens_BT, *args, **kwargs)
+        hidden = [self._out(x_BTD)]
+        if c.prediction_heads == 1:
+            return hidden, stats
+        numbers = c.num_layers + jnp.arange(c.prediction_heads - 1)
+        if self.is_initializing():
+            self.prediction_heads(x_BTD, rows._replace(angles=None), numbers, None)
+            return hidden, stats
+        kinds, params = layer_configs(c), self.variables["params"]["prediction_heads"]
+        for n, (own, number) in enumerate(_unstacked((params, numbers), c.prediction_heads - 1), c.num_layers):
+            y_BTD, (_, more) = _applied(kinds[n % len(kinds)], _block(c, False))(own, number, x_BTD, rows, None)
+            hidden.append(self._out(y_BTD))
+            stats = jax.tree.map(lambda of, one: jnp.concatenate([of, one[None]]), stats, more)
+        return hidden, stats
+
+    def _out(self, x_BTD: jax.Array) -> jax.Array:
+        """The stream as the output table takes it."""
+        c = self.config
+        hidden_BTD = x_BTD if c.norm_placement == "post" else self.final_norm(x_BTD)
+        return self.embed.to_table(hidden_BTD) if c.embedding_dim and c.tied_embeddings else hidden_BTD
+
+    def _trunk(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        prefix_BT: jax.Array | None = None,
+        dropout_keys: Any = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Rows, Cache | None, RouterStats | None]:
+        """(the last layer's output [B, T, D], what the blocks were told, cache, what the routers did)."""
         c = self.config
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -95,7 +149,7 @@ class Decoder(nn.Module):
             x_BTD, cache, stats = self._with_cache(x_BTD, rows, cache)
         else:
             x_BTD, stats = self._without_cache(x_BTD, rows)
-        return self.final_norm(x_BTD), cache, stats
+        return x_BTD, rows, cache, stats
 
     def _with_cache(self, x_BTD: jax.Array, rows: Rows, cache: Cache) -> tuple[jax.Array, Cache, None]:
         """All layers one after the other, on the same parameters or on those that generation has prepared.
@@ -121,6 +175,8 @@ class Decoder(nn.Module):
 
     def __call__(self, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, Cache | None]:
         """(logits [B, T, V] in float32, cache); arguments as `hidden`."""
+        if self.is_initializing() and self.config.prediction_heads > 1:
+            self.hidden_of_heads(tokens_BT)
         hidden_BTD, cache, _ = self.hidden(tokens_BT, *args, **kwargs)
         table = self.embed.tokens if self.config.tied_embeddings else self.head
         return logits(hidden_BTD, table, self.config), cache
@@ -207,10 +263,12 @@ def _block(config: ModelConfig, in_loop: bool) -> type[Block]:
 def logits(hidden_BTD: jax.Array, table: Any, config: ModelConfig) -> jax.Array:
     """[B, T, V] in float32; `table` is the embedding [V, D] where it is tied, the head [D, V] where not, or either's `Kernel`."""
     if isinstance(table, Kernel):
-        return table(hidden_BTD)
-    dtype = jnp.dtype(config.dtype)
-    equation = "BTD,VD->BTV" if config.tied_embeddings else "BTD,DV->BTV"
-    return jnp.einsum(equation, hidden_BTD.astype(dtype), table.astype(dtype), preferred_element_type=jnp.float32)
+        logits_BTV = table(hidden_BTD)
+    else:
+        dtype = jnp.dtype(config.dtype)
+        equation = "BTD,VD->BTV" if config.tied_embeddings else "BTD,DV->BTV"
+        logits_BTV = jnp.einsum(equation, hidden_BTD.astype(dtype), table.astype(dtype), preferred_element_type=jnp.float32)
+    return config.logit_softcap * jnp.tanh(logits_BTV / config.logit_softcap) if config.logit_softcap else logits_BTV
 
 
 def output_table(params: Any, config: ModelConfig) -> Any:

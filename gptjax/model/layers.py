@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,15 @@ from gptjax.model import primitives
 from gptjax.model.kernels import Kernel
 from gptjax.parallel.sharding import constrain, spec
 
-ACTIVATIONS = {"gelu": primitives.gelu, "gelu_tanh": primitives.gelu_tanh, "relu": jax.nn.relu, "silu": jax.nn.silu}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": primitives.gelu,
+    "gelu_tanh": primitives.gelu_tanh,
+    "relu": jax.nn.relu,
+    "relu2": primitives.relu2,
+    "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+    "identity": lambda x: x,
+}
 
 PROJECTED = "projected"  # the name of every projection's result, by which remat may keep it
 
@@ -42,7 +51,7 @@ def linear(x: jax.Array, kernel: Any, contracted: int, dtype: str, bias: jax.Arr
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al., 2016) or RMSNorm (Zhang & Sennrich, 2019) over the last axis, in float32."""
+    """LayerNorm (Ba et al., 2016) or RMSNorm (Zhang & Sennrich, 2019) over the last axis, in float32; or nothing, "none"."""
 
     config: ModelConfig
     axis: str = "embed"
@@ -50,6 +59,8 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
+        if c.norm == "none":
+            return x_BTD
         width = (x_BTD.shape[-1],)
         scale_D = parameter(self, "scale", nn.initializers.ones, (self.axis,), width, c.param_dtype)
         if c.norm == "rmsnorm":
@@ -92,7 +103,7 @@ class Projection(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two projections around a non-linearity; gated: GLU variants (Shazeer, 2020), of which SwiGLU is silu."""
+    """Two projections around a non-linearity; gated: GLU variants (Shazeer, 2020), each by its activation."""
 
     config: ModelConfig
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -275,6 +275,11 @@ def _gelu_tanh_backward(x, g):
 _gelu_tanh.defvjp(lambda x: (_gelu_tanh(x), x), _gelu_tanh_backward)
 
 
+def relu2(x: jax.Array) -> jax.Array:
+    """max(x, 0)**2 (Primer: So et al., 2021)."""
+    return jnp.square(jax.nn.relu(x))
+
+
 # --- embedding -----------------------------------------------------------------------------
 
 
@@ -320,12 +325,16 @@ def keep(keys: jax.Array, rate: float, size: int, start: int | jax.Array = 0) ->
 
     start + size of a vector for each of `keys` [..., 2].
     """
+    return _bits(keys, size, start) >= jnp.uint32(_threshold(rate))
+
+
+def _bits(keys: jax.Array, size: int, start: int | jax.Array = 0) -> jax.Array:
+    """uint32 [..., size]."""
     place = jax.lax.iota(jnp.uint32, size) + jnp.asarray(start, jnp.uint32)
     h = place * _GOLDEN + keys[..., :1]
     h = (h ^ (h >> 16)) * _M1
     h = h ^ keys[..., 1:]
-    h = (h ^ (h >> 15)) * _M2
-    return h >= jnp.uint32(_threshold(rate))
+    return (h ^ (h >> 15)) * _M2
 
 
 def kept_scale(rate: float) -> float:
@@ -359,6 +368,16 @@ def _dropout_backward(rate, keys, g):
 
 
 _dropout.defvjp(_dropout_forward, _dropout_backward)
+
+
+def drop_rows(x: jax.Array, rates: Sequence[float], number: int | jax.Array, keys: jax.Array) -> jax.Array:
+    """Zeroes whole rows of `x` [B, ...] with probability `rates[number]` and scales the others to keep the mean; `keys` is
+    [B, 2] (stochastic depth, Huang et al., 2016).
+    """
+    threshold = jnp.asarray(np.array([_threshold(rate) for rate in rates], np.uint32))[number]
+    scale = jnp.asarray(np.array([kept_scale(rate) for rate in rates], np.float32))[number]
+    kept_B = (_bits(keys, 1)[:, 0] >= threshold).reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.where(kept_B, x * scale.astype(x.dtype), jnp.zeros((), x.dtype))
 
 
 def _threshold(rate: float) -> int:

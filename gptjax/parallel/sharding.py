@@ -43,6 +43,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     # logits lie, which need not divide.
     "table_rows": (),
     "table_width": ("fsdp", "tensor"),
+    "table_factor": (),  # of the map from a narrow table to the model's width
+    "prediction_heads": (),
 }
 
 _rules: Mapping[str, tuple[str, ...]] = RULES

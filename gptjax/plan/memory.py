@@ -87,6 +87,7 @@ def saved_elements(config: Config, mesh: Any, platform: str) -> float:
     if m.remat == "none":  # what they read, too
         saved += m.kv_latent_dim + m.query_latent_dim
         saved += 2 * layer.width + layer.heads + ups * layer.hidden + 2 * layer.places
+        saved += 2 * layer.width * (m.norm_placement == "sandwich")
         saved += (layer.heads + layer.kv_heads) * (("rotary" in positions(m)) + m.query_key_norm)
     return saved
 
@@ -107,13 +108,19 @@ def estimate(config: Config, mesh: Any, platform: str = "gpu") -> dict[str, floa
         **{name: float(size) for name, size in state.items()},
         "gradients": state["parameters"] * (4 if m.param_dtype == "float32" else 8) / 4 * (2 if accumulation > 1 else 1),
         "rounded": rounded,
-        "saved activations": tokens * saved_elements(config, mesh, platform) * width * m.num_layers / mesh.shape["stage"],
+        "saved activations": tokens * saved_elements(config, mesh, platform) * width * _blocks(config, mesh),
         "working set": max(_working_set(config, mesh, platform, rows, tokens, width), _head(config, mesh, tokens, width)),
     }
     if m.remat == "none":  # the softmax in float32, and as it enters the product
         scores = _scores(config, mesh, platform, rows) * (4 + width)
-        parts["saved activations"] += scores * m.num_layers / mesh.shape["stage"]
+        parts["saved activations"] += scores * _blocks(config, mesh)
     return parts | {"total": sum(parts.values())}
+
+
+def _blocks(config: Config, mesh: Any) -> float:
+    """Whose activations a device saves: its stage's layers, and the further prediction heads."""
+    m = config.model
+    return m.num_layers / mesh.shape["stage"] + m.prediction_heads - 1
 
 
 def _scores(config: Config, mesh: Any, platform: str, rows: float) -> float:
@@ -142,7 +149,8 @@ def _head(config: Config, mesh: Any, tokens: float, width: int) -> float:
     if config.objective.loss_chunk:
         chunk = config.objective.loss_chunk / (batch_shards(mesh) * mesh.shape["context"]) * m.vocab_size / tensor * 4
     chunk = min(chunk, tokens * m.vocab_size / tensor * 4)
-    return 3 * chunk + m.vocab_size * m.model_dim / tensor * (width + 8)
+    table = m.embedding_dim if m.embedding_dim and m.tied_embeddings else m.model_dim
+    return 3 * chunk + m.vocab_size * table / tensor * (width + 8)
 
 
 def _layer_weights(config: Config, mesh: Any) -> float:

@@ -34,7 +34,7 @@ def empty_flops_per_token(model: ModelConfig, seq_len: int) -> float:
         return 0.0
     matrices = 3 if model.gated_mlp else 2
     empty = expert_places(model, seq_len) - model.experts_per_token
-    return 6.0 * model.num_layers * empty * matrices * model.model_dim * model.expert_mlp_dim
+    return 6.0 * model.num_blocks * empty * matrices * model.model_dim * model.expert_mlp_dim
 
 
 def recomputed_flops_per_token(model: ModelConfig, seq_len: int, kernel: bool = False) -> float:
@@ -51,7 +51,7 @@ def recomputed_flops_per_token(model: ModelConfig, seq_len: int, kernel: bool = 
         experts = 2.0 * (ups + 1) * model.model_dim * model.expert_mlp_dim * expert_places(model, seq_len)
     up = 2.0 * ups * model.model_dim * mlp_dim
     again = {"none": 0.0, "dots": attention, "full": attention + projections + up + experts}[model.remat]
-    return model.num_layers * (again + (6.0 * seq_len * attention_width(model) if kernel else 0.0))
+    return model.num_blocks * (again + (6.0 * seq_len * attention_width(model) if kernel else 0.0))
 
 
 def flops_by_formula(config: Config, kernel: bool = False) -> dict[str, float]:

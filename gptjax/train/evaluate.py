@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,7 +20,7 @@ from gptjax.parallel.mesh import check_divides
 from gptjax.parallel.sharding import batch_sharding, laid_over, replicated, use_rules
 from gptjax.train.loss import row_nll
 from gptjax.train.objectives import OBJECTIVES
-from gptjax.train.step import hidden_states
+from gptjax.train.step import head_options, hidden_states
 
 
 def _sums(config: Config, params: Any, token_bytes: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -32,9 +31,7 @@ def _sums(config: Config, params: Any, token_bytes: jax.Array, batch: dict[str, 
         output_table(params, config.model),
         example.targets,
         example.weights,
-        transposed=config.model.tied_embeddings,
-        chunk=config.objective.loss_chunk,
-        dtype=jnp.dtype(config.model.dtype),
+        **head_options(config),
     )
     return nats, example.weights.sum(-1), (example.weights * token_bytes[example.targets]).sum(-1)
 

@@ -6,7 +6,8 @@ ones:
     flops a token = 6 * P + 12 * L * T * N * H
 
 P is the number of weights that take part in a matrix product: projections, MLPs and the head, also where it shares the token
-embedding; looking an embedding up costs nothing. Of routed experts it counts as many as a token goes to, dropped or not. A weight
+embedding, and the map of a factorised embedding; looking an embedding up costs nothing. Each further prediction head
+is a layer more and the head once more. Of routed experts it counts as many as a token goes to, dropped or not. A weight
 is one multiply and one add forward (2) and twice that backward (6).
 Attention adds scores and weighted values, 2 * T * N * H each forward, so 12 * T * N * H with the backward pass in each of L
 layers; where queries and keys are wider than values (latent attention), H is the mean of the two widths. The T x T square is
@@ -56,7 +57,13 @@ def matmul_parameters(model: ModelConfig) -> int:
     if model.num_experts:
         active = model.experts_per_token + model.num_shared_experts
         mlp = matrices * width * model.expert_mlp_dim * active + width * model.num_experts
-    return model.num_layers * (attention + mlp) + width * model.vocab_size
+    head = width * model.vocab_size
+    factor = 0
+    if model.embedding_dim:
+        factor = model.embedding_dim * width
+        if model.tied_embeddings:
+            head = model.embedding_dim * model.vocab_size + factor
+    return model.num_blocks * (attention + mlp) + factor + model.prediction_heads * head
 
 
 def attention_parameters(model: ModelConfig) -> int:
@@ -77,7 +84,7 @@ def attention_width(model: ModelConfig) -> float:
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Model FLOPs of training (forward and backward) for one token in rows of `seq_len` tokens: see the head of this file."""
-    return 6.0 * matmul_parameters(model) + 12.0 * model.num_layers * seq_len * attention_width(model)
+    return 6.0 * matmul_parameters(model) + 12.0 * model.num_blocks * seq_len * attention_width(model)
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
@@ -105,7 +112,7 @@ def describe_mfu(model: ModelConfig, seq_len: int, device_kind: str, num_devices
     """One line for the log at start: what a token costs, by which formula, against which peak."""
     parameters, width = matmul_parameters(model), attention_width(model)
     cost = (
-        f"FLOPs a token: 6 * {parameters:,} weights + 12 * {model.num_layers} layers * {seq_len:,} tokens * {width:,.0f} head "
+        f"FLOPs a token: 6 * {parameters:,} weights + 12 * {model.num_blocks} layers * {seq_len:,} tokens * {width:,.0f} head "
         f"width = {flops_per_token(model, seq_len) / 1e9:.4g} G"
     )
     peak = device_peak(device_kind, model.dtype, peak_tflops)

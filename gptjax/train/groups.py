@@ -28,8 +28,11 @@ def _map_named(of: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def decay_mask(config: OptimizerConfig, params: Any) -> Any:
-    """True for each parameter that weight decay applies to: those that no pattern of `optimizer.no_decay` is found in."""
-    return _map_named(lambda name, _: not any(re.search(pattern, name) for pattern in config.no_decay), params)
+    """True for each parameter that weight decay applies to: those that no pattern of `optimizer.no_decay` is found in, but for
+    the blocks' layer scales, which weigh a branch as a norm's scale would.
+    """
+    patterns = (*config.no_decay, "layer_scale$")
+    return _map_named(lambda name, _: not any(re.search(pattern, name) for pattern in patterns), params)
 
 
 # --- factors ---------------------------------------------

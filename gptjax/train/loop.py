@@ -309,7 +309,7 @@ def _read(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
         "tokens_per_second": rate,
         "mfu": mfu(rate, flops_per_token(c.model, c.data.seq_len), run.mesh.size, peak),
         "seconds": run.seconds,
-    } | {name: value for name, value in values.items() if name.startswith("moe/")}
+    } | {name: value for name, value in values.items() if name.startswith(("moe/", "heads/"))}
     for source, figures in mixture_figures(c, run.dataset.train, step * c.data.batch_size).items():
         row |= {f"mixture/{source}/{name}": value for name, value in figures.items()}
     run.metrics.write(row)

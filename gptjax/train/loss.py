@@ -22,6 +22,7 @@ class _Options(NamedTuple):
     z_loss: float
     chunk: int
     dtype: Any
+    softcap: float
 
 
 def softmax_cross_entropy(
@@ -35,19 +36,21 @@ def softmax_cross_entropy(
     z_loss: float = 0.0,
     chunk: int = 0,
     dtype: Any = jnp.float32,
+    softcap: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(the sum over tokens of weight * loss, its parts), float32 scalars. Sums, so that they add over micro-batches and
     devices.
 
     loss = (1 - label_smoothing) * nll + label_smoothing * (mean over V of -log p) + z_loss * log(Z)**2 (Szegedy et al., 2016;
     Chowdhery et al., 2022). `head` is [D, V], or with `transposed` the embedding [V, D]. Products are in `dtype`, logits and
-    softmax in float32. `chunk` is the number of positions, of all rows together, whose logits are held at once; 0 chooses.
+    softmax in float32. `softcap`: logits become softcap * tanh(logits / softcap) (Gemma 2); 0: they stay. `chunk` is the
+    number of positions, of all rows together, whose logits are held at once; 0 chooses.
     Parts: `nll_sum` (without smoothing and z-loss) and `weight_sum`; they carry no gradient.
 
     Under differentiation the gradients for `hidden_BTD` and `head` are computed in the forward pass, chunk by chunk, and only
     scaled in the backward.
     """
-    options = _Options(transposed, label_smoothing, z_loss, chunk, jnp.dtype(dtype))
+    options = _Options(transposed, label_smoothing, z_loss, chunk, jnp.dtype(dtype), softcap)
     loss, parts = _cross_entropy(
         options, hidden_BTD, _over_vocabulary(head, transposed), targets_BT, weights_BT.astype(jnp.float32)
     )
@@ -63,9 +66,10 @@ def row_nll(
     transposed: bool,
     chunk: int = 0,
     dtype: Any = jnp.float32,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """Sum over each row of weight * nll, [B] in float32, without gradients; arguments as `softmax_cross_entropy`."""
-    options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype))
+    options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype), softcap)
     weights_BT = weights_BT.astype(jnp.float32)
 
     def one(hidden_BcD, targets_Bc, weights_Bc):
@@ -79,12 +83,19 @@ def row_nll(
 
 
 def sampled_targets(
-    hidden_BTD: jax.Array, head: jax.Array, keys_BT: jax.Array, *, transposed: bool, chunk: int = 0, dtype: Any = jnp.float32
+    hidden_BTD: jax.Array,
+    head: jax.Array,
+    keys_BT: jax.Array,
+    *,
+    transposed: bool,
+    chunk: int = 0,
+    dtype: Any = jnp.float32,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """int32 [B, T]: a target for each token, drawn from softmax(logits) with its own key (uint32 [B, T, 2]), without gradients;
     other arguments as `softmax_cross_entropy`.
     """
-    options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype))
+    options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype), softcap)
 
     def noise(key: jax.Array, vocab: int) -> jax.Array:
         return jax.random.gumbel(jax.random.wrap_key_data(key, impl="threefry2x32"), (vocab,))
@@ -125,7 +136,7 @@ def _cross_entropy_forward(options, hidden_BTD, head, targets_BT, weights_BT):
         logits_BcV = _logits(options, hidden_BcD, head)
         softmax = _softmax(logits_BcV)
         losses = _token_losses(options, logits_BcV, softmax, targets_Bc)
-        dlogits_BcV = _dlogits(options, softmax, targets_Bc, weights_Bc)
+        dlogits_BcV = _dlogits(options, logits_BcV, softmax, targets_Bc, weights_Bc)
         dhidden_BcD = _dot(dlogits_BcV, head.astype(options.dtype), (2, 0 if options.transposed else 1))
         flat_hidden, flat_dlogits = (x.reshape(-1, x.shape[-1]) for x in (hidden_BcD.astype(options.dtype), dlogits_BcV))
         dhead = _dot(flat_dlogits, flat_hidden, (0, 0)) if options.transposed else _dot(flat_hidden, flat_dlogits, (0, 0))
@@ -146,7 +157,8 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 def _logits(options: _Options, hidden_BcD: jax.Array, head: jax.Array) -> jax.Array:
     logits = _dot(hidden_BcD.astype(options.dtype), head.astype(options.dtype), (2, 1 if options.transposed else 0))
-    return constrain(logits, "batch", "length", "vocab")
+    logits = constrain(logits, "batch", "length", "vocab")
+    return options.softcap * jnp.tanh(logits / options.softcap) if options.softcap else logits
 
 
 class _Softmax(NamedTuple):
@@ -190,8 +202,10 @@ def _weighted(terms: tuple[jax.Array, ...], weights_Bc: jax.Array) -> tuple[jax.
     return tuple((x_Bc * weights_Bc).sum() for x_Bc in terms)
 
 
-def _dlogits(options: _Options, softmax: _Softmax, targets_Bc: jax.Array, weights_Bc: jax.Array) -> jax.Array:
-    """Gradient of the weighted loss for the logits, in the type of the products that follow."""
+def _dlogits(
+    options: _Options, logits_BcV: jax.Array, softmax: _Softmax, targets_Bc: jax.Array, weights_Bc: jax.Array
+) -> jax.Array:
+    """Gradient of the weighted loss for the logits before their soft-cap, in the type of the products that follow."""
     vocab = softmax.exponentials_BcV.shape[-1]
     scale_Bc = weights_Bc / softmax.total_Bc
     if options.z_loss:
@@ -202,6 +216,8 @@ def _dlogits(options: _Options, softmax: _Softmax, targets_Bc: jax.Array, weight
     )
     if options.label_smoothing:
         gradient = gradient - options.label_smoothing / vocab * weights_Bc[..., None]
+    if options.softcap:
+        gradient = gradient * (1 - jnp.square(logits_BcV / options.softcap))
     return gradient.astype(options.dtype)
 
 

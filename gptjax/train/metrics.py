@@ -9,6 +9,7 @@ A row is a flat dict. The names that others read:
     moe/load_balance       1 where the experts' load is even; moe/router_z, moe/busiest: see model/experts.py
     eval/SOURCE/loss, ...  of each source of a mixture by itself; eval/loss is over the tokens of all
     mixture/SOURCE/rows    rows taken from it so far; mixture/SOURCE/epochs of its own; mixture/SOURCE/weight, its share just now
+    heads/nll_2, ...       nll of each further prediction head, over its own targets
     moe/dropped            (token, expert) choices of all layers that found no place; moe/dropped_fraction: of all choices
 """
 

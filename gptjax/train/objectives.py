@@ -40,6 +40,21 @@ def causal(batch: Mapping[str, jax.Array]) -> Example:
     return Example(tokens[:, :-1], tokens[:, 1:], weights, positions[:, :-1], segment_ids[:, :-1])
 
 
+def further_ahead(example: Example, tokens: int) -> Example:
+    """The example with targets so many tokens later than its own, where they are of the input's segment; 0: as it is.
+
+    A target counts where it counts as the target of the token before it.
+    """
+    if not tokens:
+        return example
+
+    def later(x_BT: jax.Array) -> jax.Array:
+        return jnp.pad(x_BT[:, tokens:], ((0, 0), (0, min(tokens, x_BT.shape[1]))))
+
+    same_segment = (later(example.segment_ids) == example.segment_ids) & (example.segment_ids > 0)
+    return example._replace(targets=later(example.targets), weights=later(example.weights) * same_segment)
+
+
 def prefix(batch: Mapping[str, jax.Array]) -> Example:
     """As `causal`, but tokens where `prefix` [B, T + 1] is 1 are given: all of their segment see them, and none is a target
     (a prefix LM, Raffel et al., 2020).

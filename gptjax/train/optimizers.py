@@ -156,16 +156,20 @@ _INPUT_AXES = {"output": 2, "query": 1, "key": 1, "value": 1, "up": 1, "gate": 1
 _INPUT_AXES |= {"kv_latent": 1, "query_latent": 1, "query_up": 1, "rotary_key": 1, "key_up": 1, "value_up": 1}
 
 
+# Whose parameters are blocks', stacked.
+_STACKS = ("layers", "prediction_heads")
+
+
 def _num_input_axes(path: tuple[Any, ...]) -> int | None:
     """Of a kernel of the blocks, [L, *in, *out] or [L, E, in, out]; None for any other parameter."""
     names = parameter_path(path).split("/")
-    return _INPUT_AXES[names[-2]] if names[0] == "layers" and names[-1] == "kernel" else None
+    return _INPUT_AXES[names[-2]] if names[0] in _STACKS and names[-1] == "kernel" else None
 
 
 def _num_stacked_axes(path: tuple[Any, ...]) -> int:
     """How many leading axes count matrices: layers, and experts."""
     names = parameter_path(path).split("/")
-    if names[0] != "layers":
+    if names[0] not in _STACKS:
         return 0
     return 2 if names[1] == "experts" and names[2] in ("up", "gate", "down") else 1
 

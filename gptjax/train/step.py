@@ -24,7 +24,7 @@ from gptjax.model.experts import RouterStats, router_losses
 from gptjax.parallel.sharding import batch_sharding, laid_over, parameter_shardings, replicated, use_rules
 from gptjax.train.groups import check_patterns, keep_frozen, without_frozen
 from gptjax.train.loss import sampled_targets, softmax_cross_entropy
-from gptjax.train.objectives import OBJECTIVES, Example
+from gptjax.train.objectives import OBJECTIVES, Example, further_ahead
 from gptjax.train.optimizers import Lengths, make_optimizer, make_schedule
 from gptjax.train.soap import factor_sharding
 from gptjax.train.sophia import curvature_is_due
@@ -112,10 +112,10 @@ def abstract_state(config: Config, lengths: Lengths, mesh: Mesh) -> TrainState:
 
 
 def hidden_states(
-    config: Config, params: Any, example: Example, dropout_keys: Any = None
-) -> tuple[jax.Array, RouterStats | None]:
+    config: Config, params: Any, example: Example, dropout_keys: Any = None, of_heads: bool = False
+) -> tuple[Any, RouterStats | None]:
     """([B, T, D], what the routers did) in training and evaluation alike; packed rows see only their own segment, windows have
-    one.
+    one. `of_heads`: a list of them, of all prediction heads.
     """
     found: Any = Decoder(config.model).apply(
         {"params": params},
@@ -124,26 +124,35 @@ def hidden_states(
         segment_ids_BT=example.segment_ids if config.data.packing == "packed" else None,
         prefix_BT=example.prefix,
         dropout_keys=dropout_keys,
-        method=Decoder.hidden,
+        method=Decoder.hidden_of_heads if of_heads else Decoder.hidden,
     )
-    hidden_BTD, _, stats = found
-    return hidden_BTD, stats
+    return found[0], found[-1]
+
+
+def head_options(config: Config) -> dict[str, Any]:
+    """How hidden states become logits, for `softmax_cross_entropy` and `row_nll`."""
+    model = config.model
+    return {
+        "transposed": model.tied_embeddings,
+        "chunk": config.objective.loss_chunk,
+        "dtype": jnp.dtype(model.dtype),
+        "softcap": model.logit_softcap,
+    }
 
 
 def example_loss(config: Config, params: Any, example: Example, dropout_keys: Any) -> tuple[jax.Array, Metrics]:
     """(sum of the weighted losses, its parts) of one micro-batch."""
-    hidden_BTD, stats = hidden_states(config, params, example, dropout_keys)
-    loss_sum, parts = softmax_cross_entropy(
-        hidden_BTD,
-        output_table(params, config.model),
-        example.targets,
-        example.weights,
-        transposed=config.model.tied_embeddings,
-        label_smoothing=config.objective.label_smoothing,
-        z_loss=config.objective.z_loss,
-        chunk=config.objective.loss_chunk,
-        dtype=jnp.dtype(config.model.dtype),
-    )
+    hidden, stats = hidden_states(config, params, example, dropout_keys, of_heads=True)
+    losses = []
+    for ahead, hidden_BTD in enumerate(hidden):
+        later = further_ahead(example, ahead)
+        table, smoothing, z_loss = output_table(params, config.model), config.objective.label_smoothing, config.objective.z_loss
+        of_targets = {"label_smoothing": smoothing, "z_loss": z_loss, **head_options(config)}
+        losses.append(softmax_cross_entropy(hidden_BTD, table, later.targets, later.weights, **of_targets))
+    loss_sum, parts = losses[0]
+    for head, (further_sum, further) in enumerate(losses[1:], 2):
+        loss_sum = loss_sum + config.objective.prediction_heads_weight * further_sum
+        parts = parts | {f"heads/{head}/{name}": value for name, value in further.items()}
     if stats is None:
         return loss_sum, parts
     router_loss_sum, router_parts = _router_sums(config, stats, parts["weight_sum"])
@@ -164,6 +173,14 @@ def _router_sums(config: Config, stats: RouterStats, weight_sum: jax.Array) -> t
     return weight_sum * loss, sums | {"moe/choices": stats.chosen_E.sum(), "moe/dropped": stats.dropped.sum()}
 
 
+def _head_metrics(sums: Metrics) -> Metrics:
+    """The mean nll of each prediction head but the first."""
+    heads = sorted({name.split("/")[1] for name in sums if name.startswith("heads/")}, key=int)
+    return {
+        f"heads/nll_{head}": sums[f"heads/{head}/nll_sum"] / jnp.maximum(sums[f"heads/{head}/weight_sum"], 1.0) for head in heads
+    }
+
+
 def _router_metrics(sums: Metrics, weight: jax.Array) -> Metrics:
     """The step's `moe/` metrics; none for a dense model."""
     moe = {name: value for name, value in sums.items() if name.startswith("moe/")}
@@ -179,7 +196,7 @@ def _router_metrics(sums: Metrics, weight: jax.Array) -> Metrics:
 def _dropout_keys(config: Config, seed: jax.Array, step: jax.Array) -> Any:
     """One key a row of the global batch, [B, 2]: dropout does not depend on how the batch is split."""
     model = config.model
-    if not (model.embedding_dropout or model.attention_dropout or model.residual_dropout):
+    if not (model.embedding_dropout or model.attention_dropout or model.residual_dropout or model.stochastic_depth):
         return None
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), DROPOUT), step)
     return primitives.row_keys(key, jnp.arange(config.data.batch_size))
@@ -195,9 +212,7 @@ def _sampled_loss(config: Config, params: Any, example: Example, dropout_keys: A
         hidden_BTD,
         output_table(params, config.model),
         primitives.fold_in(dropout_keys[:, None], jnp.arange(example.inputs.shape[1])),
-        transposed=config.model.tied_embeddings,
-        chunk=config.objective.loss_chunk,
-        dtype=jnp.dtype(config.model.dtype),
+        **head_options(config),
     )
     plain = dataclasses.replace(config.objective, label_smoothing=0.0, z_loss=0.0, router_balance_loss=0.0, router_z_loss=0.0)
     return example_loss(dataclasses.replace(config, objective=plain), params, example._replace(targets=targets_BT), None)
@@ -294,7 +309,8 @@ def _step(config: Config, lengths: Lengths, state: TrainState, batch: Batch) -> 
         "learning_rate": jnp.asarray(schedule(updates_so_far), jnp.float32),
         "nonfinite_steps": new_state.nonfinite_steps,
         "nonfinite_streak": new_state.nonfinite_streak,
-    } | _router_metrics(sums, weight)
+    }
+    metrics |= _router_metrics(sums, weight) | _head_metrics(sums)
     return new_state, metrics
 
 

@@ -35,15 +35,16 @@ def _choices(action: argparse.Action) -> list[argparse.ArgumentParser]:
 
 
 def add_verb(
-    verbs: Any, name: str, run: Any, summary: str, epilog: str, *, uses_devices: bool = False
+    verbs: Any, name: str, run: Any, summary: str, epilog: str, *, uses_devices: bool = False, add_help: bool = True
 ) -> argparse.ArgumentParser:
-    """The parser of one verb. `run` takes the arguments and returns the exit status."""
+    """The parser of one verb. `run` takes the arguments and returns the exit status. `add_help=False`: the verb has its own."""
     parser = verbs.add_parser(
         name,
         help=summary,
         description=f"{summary} {OVERRIDES}",
         epilog=epilog,
         allow_abbrev=False,
+        add_help=add_help,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output; logs go to standard error")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import pathlib
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from gptjax import config as config_lib
 from gptjax import recipes
-from gptjax.config import Config, UserError
+from gptjax.config import Config, UserError, pages
+from gptjax.model import drawing
 from gptjax.verbs.arguments import add_verb
 from gptjax.verbs.output import print_json
 
@@ -24,11 +26,25 @@ def add(verbs: Any) -> None:
         "Print a resolved config, or how two differ.",
         """examples:
   gptjax config configs/gpt2_124m.py --config.model.num_layers=6
-  gptjax config runs/a runs/b""",
+  gptjax config runs/a runs/b
+  gptjax config configs/gpt2_124m.py --picture
+  gptjax config --help model""",
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action=_Help, nargs="?", metavar="GROUP", help="this help, or every knob of a group")
+    parser.add_argument("--picture", action="store_true", help="a drawing of the model's block")
     parser.add_argument("--shardings", action="store_true", help="every parameter with its mesh axes and bytes on one device")
     parser.add_argument("files", nargs="*", metavar="RECIPE", help="FILE.py[:ARG], a config.json or a run's folder")
     parser.add_argument("--config", metavar="FILE.py[:ARG]", help="the same as a RECIPE")
+
+
+class _Help(argparse.Action):
+    """Help on the verb, with the groups of knobs; or on one group."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        width = shutil.get_terminal_size().columns
+        print(pages.group_page(values, width) if values else f"{parser.format_help()}\n{pages.contents(width)}", end="")
+        parser.exit()
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,6 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
         if len(configs) != 1:
             raise UserError("gptjax config --shardings takes one recipe.")
         return _shardings(configs[0], arguments.json)
+    if arguments.picture:
+        if len(configs) != 1:
+            raise UserError("gptjax config --picture takes one recipe.")
+        print(drawing.draw_block(configs[0].model), end="")
+        return 0
     if len(configs) == 1:
         print(config_lib.to_json(configs[0]), end="")
         return 0

@@ -35,7 +35,10 @@ ACTIVATION_64 = {
     "gelu": lambda x: 0.5 * x * (1 + ERF(x / math.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.where(x > 0, x, 0),
+    "relu2": lambda x: np.where(x > 0, x, 0) ** 2,
     "silu": lambda x: x / (1 + np.exp(-x)),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "identity": lambda x: x,
 }
 
 

@@ -36,6 +36,8 @@ MESHES: dict[str, dict[str, int]] = {
 
 def run(**axes: int) -> dict[str, Any]:
     knobs = {"model.num_layers": 2, "model.residual_dropout": 0.2, "model.embedding_dropout": 0.2, "model.attention_dropout": 0.2}
+    knobs |= {"model.stochastic_depth": 0.2, "model.norm_placement": "sandwich"}
+    knobs |= {"model.embedding_dim": 8, "model.logit_softcap": 5.0, "model.prediction_heads": 2}
     knobs |= {"model.num_heads": 8, "model.vocab_size": 23, "objective.loss_chunk": 24} | {
         f"mesh.{k}": v for k, v in axes.items()
     }

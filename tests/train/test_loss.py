@@ -26,9 +26,10 @@ def data():
     )
 
 
-def exact_losses(hidden, head, targets):
+def exact_losses(hidden, head, targets, softcap=0.0):
     """Log probabilities [B, T, V], log(Z) and nll [B, T], in float64."""
     logits = np.einsum("btd,dv->btv", np.float64(hidden), np.float64(head))
+    logits = softcap * np.tanh(logits / softcap) if softcap else logits
     lse = np.log(np.exp(logits).sum(-1))
     log_p = logits - lse[..., None]
     return log_p, lse, -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
@@ -36,16 +37,17 @@ def exact_losses(hidden, head, targets):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("chunk", [0, 1, 6, 9, 1000])
-@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.02)])
-def test_equals_the_formula_with_its_gradients(data, transposed, chunk, smoothing, z_loss):
+@pytest.mark.parametrize(("smoothing", "z_loss", "softcap"), [(0.0, 0.0, 0.0), (0.1, 0.02, 0.0), (0.1, 0.02, 1.5)])
+def test_equals_the_formula_with_its_gradients(data, transposed, chunk, smoothing, z_loss, softcap):
     hidden, head, targets, weights = data
-    options = {"transposed": transposed, "label_smoothing": smoothing, "z_loss": z_loss, "chunk": chunk}
+    options = {"transposed": transposed, "label_smoothing": smoothing, "z_loss": z_loss, "chunk": chunk, "softcap": softcap}
 
     def loss_of(hidden, head, weights):
         return softmax_cross_entropy(hidden, head.T if transposed else head, targets, weights, **options)
 
     def reference(hidden, head, weights):
         logits = hidden @ head
+        logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
         lse = jax.nn.logsumexp(logits, axis=-1)
         nll = lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
         return (weights * ((1 - smoothing) * nll + smoothing * (lse - logits.mean(-1)) + z_loss * lse**2)).sum()
@@ -61,16 +63,16 @@ def test_equals_the_formula_with_its_gradients(data, transposed, chunk, smoothin
     for got, want in zip(gradients, expected[1], strict=True):
         np.testing.assert_allclose(got, 3 * want, rtol=2e-5, atol=2e-5)
 
-    log_p, _, nll = exact_losses(hidden, head, targets)
+    log_p, _, nll = exact_losses(hidden, head, targets, softcap)
     np.testing.assert_allclose(parts["nll_sum"], (nll * weights).sum(), rtol=1e-5)
     np.testing.assert_allclose(parts["weight_sum"], weights.sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [0, 6])
-def test_rows_for_evaluation(data, chunk):
+@pytest.mark.parametrize(("chunk", "softcap"), [(0, 0.0), (6, 0.0), (6, 1.5)])
+def test_rows_for_evaluation(data, chunk, softcap):
     hidden, head, targets, weights = data
-    nll = row_nll(hidden, head, targets, weights, transposed=False, chunk=chunk)
-    np.testing.assert_allclose(nll, (exact_losses(hidden, head, targets)[2] * weights).sum(1), rtol=1e-5)
+    nll = row_nll(hidden, head, targets, weights, transposed=False, chunk=chunk, softcap=softcap)
+    np.testing.assert_allclose(nll, (exact_losses(hidden, head, targets, softcap)[2] * weights).sum(1), rtol=1e-5)
 
 
 def shapes_in(jaxpr):
