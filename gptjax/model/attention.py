@@ -16,6 +16,7 @@ from gptjax.model.blockwise import blockwise_attention
 from gptjax.model.cache import Cache, cached_attention, visible
 from gptjax.model.context import Shared, context_attention
 from gptjax.model.layers import Norm, Projection
+from gptjax.model.parameterization import query_multiplier
 from gptjax.model.positions import rotate
 from gptjax.model.rows import Rows
 from gptjax.model.splash import splash_attention, splash_context_attention
@@ -232,6 +233,7 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = query(x_BTD), key(x_BTD), value(x_BTD)
         if c.query_key_norm:
             q_BTNH, k_BTKH = Norm(c, "head_dim", name="query_norm")(q_BTNH), Norm(c, "head_dim", name="key_norm")(k_BTKH)
+        q_BTNH = q_BTNH * query_multiplier(c)
         if rows.angles is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, rows.angles), rotate(k_BTKH, rows.angles)
         if cache is not None:

@@ -26,6 +26,7 @@ from gptjax.model.embedding import Embedding
 from gptjax.model.experts import ROUTED, RouterStats
 from gptjax.model.kernels import Kernel
 from gptjax.model.layers import PROJECTED, Norm, parameter
+from gptjax.model.parameterization import initial_std, output_multiplier
 from gptjax.model.positions import rotary_angles
 from gptjax.model.rows import Rows
 from gptjax.parallel.pipeline import num_micro_batches, pipelined
@@ -58,7 +59,7 @@ class Decoder(nn.Module):
         self.embed = Embedding(c)
         self.layers = nn.scan(
             _block(c),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},  # the latter are there when they are asked for
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0),
             out_axes=0,
@@ -68,7 +69,7 @@ class Decoder(nn.Module):
         )(c)
         self.final_norm = Norm(c)
         if not c.tied_embeddings:
-            normal = nn.initializers.normal(c.init_std)
+            normal = nn.initializers.normal(initial_std(c, "head"))
             self.head = parameter(self, "head", normal, ("table_width", "table_rows"), (c.model_dim, c.vocab_size), c.param_dtype)
 
     def hidden(
@@ -80,8 +81,8 @@ class Decoder(nn.Module):
         dropout_keys: Any = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
-        """The normed output of the last block, [B, T, D], the cache with these tokens written in, and what the routers of all
-        layers did (None: no experts).
+        """The normed output of the last block, [B, T, D], times the parameterization's output multiplier, the cache with these
+        tokens written in, and what the routers of all layers did (None: no experts).
 
         `segment_ids_BT`: tokens see only their own segment (packed documents). `prefix_BT`, bool: tokens that all of their
         segment see; others are seen by later ones only. `dropout_keys`: one a row; None: no dropout.
@@ -102,7 +103,7 @@ class Decoder(nn.Module):
             x_BTD, cache, stats = self._with_cache(x_BTD, rows, cache)
         else:
             x_BTD, (_, stats) = self.layers(x_BTD, rows, jnp.arange(c.num_layers), None)
-        return self.final_norm(x_BTD), cache, stats
+        return self.final_norm(x_BTD) * output_multiplier(c), cache, stats
 
     def _with_cache(self, x_BTD: jax.Array, rows: Rows, cache: Cache) -> tuple[jax.Array, Cache, None]:
         """`self.layers` one after the other, on the same parameters or on those that generation has prepared.

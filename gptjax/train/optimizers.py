@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.config import Config, OptimizerConfig, UserError
+from gptjax.model.parameterization import learning_rate_multiplier
 
 Schedule = Callable[[Any], Any]
+Scaled = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
 
 class Lengths(NamedTuple):
@@ -91,12 +93,34 @@ def decay_mask(config: OptimizerConfig, params: Any) -> Any:
     )
 
 
-def _adamw(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransformation:
-    return optax.adamw(rate, c.beta1, c.beta2, c.epsilon, weight_decay=c.weight_decay, mask=mask)
+def rate_multipliers(config: Config, params: Any) -> Any:
+    """What each parameter's learning rate is multiplied by, its weight decay aside: a tree of floats."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: learning_rate_multiplier(config, parameter_path(path)), params)
 
 
-def _lion(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransformation:
-    return optax.lion(rate, c.beta1, c.beta2, weight_decay=c.weight_decay, mask=mask)
+def _scaled(config: Config) -> Scaled:
+    """What puts the `rate_multipliers` on a rule's direction: ahead of weight decay and rate, inside averages of parameters."""
+    if config.model.parameterization == "standard":
+        return _as_it_is
+    multiply = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, rate_multipliers(config, updates)))
+    return lambda direction: optax.chain(direction, multiply)
+
+
+def _as_it_is(direction: optax.GradientTransformation) -> optax.GradientTransformation:
+    return direction
+
+
+def _decayed(c: OptimizerConfig, direction: optax.GradientTransformation, rate: Schedule, mask: Any) -> Any:
+    """-rate * (direction + weight_decay * parameter)."""
+    return optax.chain(direction, optax.add_decayed_weights(c.weight_decay, mask), optax.scale_by_learning_rate(rate))
+
+
+def _adamw(c: OptimizerConfig, rate: Schedule, mask: Any, scaled: Scaled) -> optax.GradientTransformation:
+    return _decayed(c, scaled(optax.scale_by_adam(c.beta1, c.beta2, c.epsilon)), rate, mask)
+
+
+def _lion(c: OptimizerConfig, rate: Schedule, mask: Any, scaled: Scaled) -> optax.GradientTransformation:
+    return _decayed(c, scaled(optax.scale_by_lion(c.beta1, c.beta2)), rate, mask)
 
 
 # How many axes of a block's kernel, after the stacked ones, are inputs.
@@ -117,15 +141,13 @@ def _num_stacked_axes(path: tuple[Any, ...]) -> int:
     return 2 if names[1] == "experts" and names[2] in ("up", "gate", "down") else 1
 
 
-def _adafactor(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransformation:
+def _adafactor(c: OptimizerConfig, rate: Schedule, mask: Any, scaled: Scaled) -> optax.GradientTransformation:
     """Adafactor (Shazeer & Stern, 2018) without momentum: factored second moments, each matrix's update clipped to an RMS of 1.
 
     Decay comes before the learning rate, so that it means what it does elsewhere: rate * weight_decay * parameter.
     """
     second_moments = optax.chain(optax.scale_by_factored_rms(), optax.stateless(lambda updates, _: _clip_rms(updates)))
-    return optax.chain(
-        _on_matrices(second_moments), optax.add_decayed_weights(c.weight_decay, mask), optax.scale_by_learning_rate(rate)
-    )
+    return _decayed(c, scaled(_on_matrices(second_moments)), rate, mask)
 
 
 def _clip_rms(updates: Any) -> Any:
@@ -162,9 +184,9 @@ def _on_matrices(inner: optax.GradientTransformation) -> optax.GradientTransform
     return optax.GradientTransformation(lambda params: inner.init(as_matrices(params)), update)
 
 
-def _sgd(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransformation:
+def _sgd(c: OptimizerConfig, rate: Schedule, mask: Any, scaled: Scaled) -> optax.GradientTransformation:
     momentum = optax.trace(c.beta1) if c.beta1 else optax.identity()
-    return optax.chain(momentum, optax.add_decayed_weights(c.weight_decay, mask), optax.scale_by_learning_rate(rate))
+    return _decayed(c, scaled(momentum), rate, mask)
 
 
 def _muon_dimensions(params: Any) -> Any:
@@ -184,12 +206,14 @@ def _muon_dimensions(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def _muon(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransformation:
+def _muon(c: OptimizerConfig, rate: Schedule, mask: Any, scaled: Scaled) -> optax.GradientTransformation:
     """Muon (Jordan et al., 2024) on the blocks' matrices, AdamW on embeddings, head, norms and biases."""
     ratio = c.muon_adam_learning_rate / c.learning_rate if c.learning_rate else 0.0
-    muon = optax.contrib.muon(
-        rate, beta=0.95, weight_decay=c.weight_decay, weight_decay_mask=mask, muon_weight_dimension_numbers=_muon_dimensions
-    )
+    how: dict[str, Any] = {"beta": 0.95, "muon_weight_dimension_numbers": _muon_dimensions}
+    if scaled is _as_it_is:
+        muon = optax.contrib.muon(rate, weight_decay=c.weight_decay, weight_decay_mask=mask, **how)
+    else:  # optax's has no place between direction and decay; at a rate of -1 it gives the direction
+        muon = _decayed(c, scaled(optax.contrib.muon(-1.0, **how)), rate, mask)
 
     def labels(params: Any) -> Any:
         return jax.tree.map(
@@ -199,22 +223,19 @@ def _muon(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransf
             is_leaf=lambda node: node is None or isinstance(node, optax.contrib.MuonDimensionNumbers),
         )
 
-    return optax.partition({"muon": muon, "adamw": _adamw(c, lambda n: rate(n) * ratio, mask)}, labels)
+    return optax.partition({"muon": muon, "adamw": _adamw(c, lambda n: rate(n) * ratio, mask, scaled)}, labels)
 
 
-def _schedule_free_adamw(c: OptimizerConfig, rate: Schedule, mask: Any) -> optax.GradientTransformation:
+def _schedule_free_adamw(c: OptimizerConfig, rate: Schedule, mask: Any, scaled: Scaled) -> optax.GradientTransformation:
     """Schedule-free AdamW (Defazio et al., 2024): `params` are its y; evaluation uses its x (`evaluation_params`)."""
-    base = optax.chain(
-        optax.scale_by_rms(c.beta2, c.epsilon, eps_in_sqrt=False, bias_correction=True),
-        optax.add_decayed_weights(c.weight_decay, mask),
-        optax.scale_by_learning_rate(rate),
-    )
+    direction = optax.scale_by_rms(c.beta2, c.epsilon, eps_in_sqrt=False, bias_correction=True)
+    base = _decayed(c, scaled(direction), rate, mask)
     # Optax counts the averaging's steps from 1, the base's from 0; both must see the rate of the same step.
     return optax.contrib.schedule_free(base, lambda n: rate(n - 1), b1=c.beta1)
 
 
-# Each takes (config, learning rate of update n, weight-decay mask).
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Schedule, Any], optax.GradientTransformation]] = {
+# Each takes (config, learning rate of update n, weight-decay mask, what scales the direction).
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Schedule, Any, Scaled], optax.GradientTransformation]] = {
     "adamw": _adamw,
     "lion": _lion,
     "adafactor": _adafactor,
@@ -224,9 +245,10 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Schedule, Any], optax.GradientT
 }
 
 
-def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
+def make_optimizer(config: Config, schedule: Schedule) -> optax.GradientTransformation:
     """Gradients, already averaged and clipped, to updates."""
-    return OPTIMIZERS[config.name](config, schedule, lambda params: decay_mask(config, params))
+    c = config.optimizer
+    return OPTIMIZERS[c.name](c, schedule, lambda params: decay_mask(c, params), _scaled(config))
 
 
 def evaluation_params(config: OptimizerConfig, state: Any) -> Any:

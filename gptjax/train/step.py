@@ -67,7 +67,7 @@ def state_shardings(config: Config, lengths: Lengths, mesh: Mesh) -> TrainState:
 
 
 def _new_state(config: Config, lengths: Lengths, params: Any, seed: jax.Array) -> TrainState:
-    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, lengths))
+    optimizer = make_optimizer(config, make_schedule(config.optimizer, lengths))
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -208,7 +208,7 @@ def _step(config: Config, lengths: Lengths, state: TrainState, batch: Batch) -> 
 
     def update(params: Any, opt_state: Any, ema_params: Any, gradients: Any) -> tuple[Any, Any, Any]:
         gradients = jax.tree.map(lambda g: g * scale, gradients)
-        updates, opt_state = make_optimizer(c, schedule).update(gradients, opt_state, _float32(params))
+        updates, opt_state = make_optimizer(config, schedule).update(gradients, opt_state, _float32(params))
         params = optax.apply_updates(params, updates)
         if ema_params is not None:
             ema_params = optax.incremental_update(params, ema_params, 1 - c.ema_decay)

@@ -127,7 +127,7 @@ def test_decay_is_rate_times_weight_decay_times_parameter(name: str) -> None:
 
 def updated(config: Any, params: Any, gradients: list[Any]) -> list[Any]:
     """Parameters after each gradient."""
-    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, Lengths.of(config, 1.0)))
+    optimizer = make_optimizer(config, make_schedule(config.optimizer, Lengths.of(config, 1.0)))
 
     @jax.jit
     def step(params: Any, state: Any, gradient: Any) -> Any:
@@ -303,7 +303,7 @@ def test_schedule_free_evaluates_its_average() -> None:
     config = small(optimizer__name="schedule_free_adamw", optimizer__learning_rate=0.1, optimizer__schedule="constant",
                    optimizer__weight_decay=0.0, optimizer__warmup_steps=3)  # fmt: skip
     c = config.optimizer
-    optimizer = make_optimizer(c, make_schedule(c, Lengths.of(config, 1.0)))
+    optimizer = make_optimizer(config, make_schedule(c, Lengths.of(config, 1.0)))
     params = {"head": jnp.array([1.0, -2.0])}
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     rates = [0.1 * min(n / 3, 1) for n in range(1, 7)]
@@ -331,7 +331,7 @@ def test_each_expert_is_a_matrix_of_its_own(name: str) -> None:
     rng = np.random.default_rng(0)
     shapes = {"up": (2, 3, 128, 130), "router": (2, 128, 3)}
     config = small(optimizer__name=name)
-    optimizer = make_optimizer(config.optimizer, lambda n: 0.1)
+    optimizer = make_optimizer(config, lambda n: 0.1)
 
     def update(params: Any, gradients: Any) -> Any:
         return optimizer.update(gradients, optimizer.init(params), params)[0]
@@ -362,7 +362,7 @@ def test_adafactor_factors_the_second_moments_of_heads_and_takes_each_layer_by_i
     config = small(
         optimizer__name="adafactor", optimizer__learning_rate=0.1, optimizer__schedule="constant", optimizer__weight_decay=0.0
     )
-    optimizer = make_optimizer(config.optimizer, lambda n: 0.1)
+    optimizer = make_optimizer(config, lambda n: 0.1)
     state = optimizer.init(tree)
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 4 * layers * width
     updates, _ = optimizer.update(gradients, state, tree)

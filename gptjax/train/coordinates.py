@@ -1,0 +1,198 @@
+"""The coordinate check: how the sizes of activations follow the width (Yang et al., 2022, "Tensor Programs V", appendix D.1).
+
+The same recipe is trained for a few steps at several widths. Of each activation its scale, the mean absolute value over the rows
+of one batch, is taken before the first step and after each; also of its change since initialisation. Under muP neither depends on
+the width, but for the finite-width remainder, so that log(scale) against log(width) has slope 0. One thing is exempt by theory:
+logits before training, and what remains of them later, sum up independent terms and shrink as 1 / sqrt(width) with an untied
+head; of logits only the change is judged.
+
+Scores are q . k, scaled, over the pairs that a causal query sees, before rotary positions turn the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from gptjax.config import Config, UserError
+from gptjax.data.pipeline import Split, train_batches
+from gptjax.model.attention import Attention
+from gptjax.model.block import Block
+from gptjax.model.decoder import Decoder, logits, output_table
+from gptjax.model.embedding import Embedding
+from gptjax.model.experts import ExpertMLP
+from gptjax.model.layers import MLP, Norm, Projection
+from gptjax.model.parameterization import query_multiplier
+from gptjax.parallel.mesh import make_mesh
+from gptjax.parallel.sharding import laid_over
+from gptjax.train.objectives import OBJECTIVES, Example
+from gptjax.train.optimizers import Lengths
+from gptjax.train.step import init_state, make_train_step
+
+TOLERANCE = 0.1
+ROWS = 8  # of the batch, whose activations are measured
+
+# {quantity: its mean absolute value}; a quantity of the blocks is named with its layer, "residual.0".
+Scales = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slope:
+    """One quantity after one step, over the widths."""
+
+    quantity: str
+    measure: str  # "scale" or "change": of the activation, or of its difference from the one at initialisation
+    step: int
+    values: tuple[float, ...]  # mean over seeds, width by width
+    slope: float  # of log(value) over log(width), by least squares
+    judged: bool
+
+    @property
+    def passes(self) -> bool:
+        """NaN, from values that are 0 or not finite, does not."""
+        return abs(self.slope) <= TOLERANCE
+
+
+def at_width(config: Config, width: int) -> Config:
+    """The recipe with model.model_dim=width: heads of the same size, as many as fit, and MLP and experts in proportion.
+
+    Raises `UserError` where one of them would not be whole.
+    """
+    model = config.model
+
+    def scaled(name: str) -> int:
+        size, rest = divmod(getattr(model, name) * width, model.model_dim)
+        if rest or (not size and getattr(model, name)):
+            raise UserError(
+                f"--widths: at width {width} model.{name} would be {getattr(model, name) * width / model.model_dim:g}; it is "
+                f"{getattr(model, name)} at the recipe's model.model_dim={model.model_dim}, and grows in proportion."
+            )
+        return size
+
+    names = ("num_heads", "num_kv_heads", "mlp_dim", "expert_mlp_dim")
+    return dataclasses.replace(
+        config, model=dataclasses.replace(model, model_dim=width, **{name: scaled(name) for name in names})
+    )
+
+
+def measure(config: Config, split: Split, steps: int, seeds: Sequence[int]) -> list[list[dict[str, Scales]]]:
+    """[seed][step 0 .. steps]{"scale" | "change": Scales} of one width.
+
+    Each step takes a batch of the split, at the recipe's peak learning rate without warm-up, so that one step shows what it does;
+    dropout is as in the recipe while training, and off while measuring. `config` has its vocabulary's size.
+    """
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, remat="none"),
+        optimizer=dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=0, warmup_tokens=0, warmup_epochs=0.0),
+    )
+    mesh, lengths = make_mesh(config.mesh, jax.devices()[:1]), Lengths(total=steps, warmup=0, decay=steps)
+    train_step, observe = make_train_step(config, lengths, mesh), _observer(config, mesh)
+    found = []
+    for seed in seeds:
+        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        batches: Iterator[Any] = train_batches(seeded, split)
+        state = init_state(seeded, lengths, mesh)
+        first = next(batches)
+        rows = {name: array[:ROWS] for name, array in first.items()}
+        initial, scales = observe(state.params, rows, None)
+        rounds = [scales]
+        for step in range(steps):
+            state, _ = train_step(state, next(batches) if step else first)
+            rounds.append(observe(state.params, rows, initial)[1])
+        found.append(jax.tree.map(float, jax.device_get(rounds)))
+    return found
+
+
+def _observer(config: Config, mesh: Mesh) -> Callable[..., Any]:
+    """(params, batch, activations or None) -> (activations, {"scale": Scales, "change": Scales of the difference from those})."""
+
+    @jax.jit
+    def observe(params: Any, batch: Any, before: Any) -> Any:
+        now = activations(config, params, OBJECTIVES[config.objective.name](batch))
+        scales = {"scale": {name: jnp.abs(value).mean() for name, value in now.items()}}
+        if before is not None:
+            scales["change"] = {name: jnp.abs(value - before[name]).mean() for name, value in now.items()}
+        return now, scales
+
+    def run(*arguments: Any) -> Any:
+        with laid_over(mesh, config.mesh):
+            return observe(*arguments)
+
+    return run
+
+
+_CAPTURED = (Embedding, Block, Attention, MLP, ExpertMLP, Projection, Norm)
+
+
+def activations(config: Config, params: Any, example: Example) -> dict[str, jax.Array]:
+    """{"embedding", "attention.0", "mlp.0", "residual.0", "scores.0", ..., "logits"}: float32 arrays."""
+    found: Any = Decoder(config.model).apply(
+        {"params": params},
+        example.inputs,
+        example.positions,
+        segment_ids_BT=example.segment_ids if config.data.packing == "packed" else None,
+        prefix_BT=example.prefix,
+        capture_intermediates=lambda module, method: method == "__call__" and isinstance(module, _CAPTURED),
+        mutable=["intermediates"],
+        method=Decoder.hidden,
+    )
+    (hidden_BTD, _, _), captured = found
+    captured = captured["intermediates"]
+    named = {
+        "embedding": _output(captured["embed"]),
+        "logits": logits(hidden_BTD, output_table(params, config.model), config.model),
+    }
+    layers = captured["layers"]
+    stacked = {
+        "attention": _output(layers["attention"]),
+        "mlp": _output(layers["experts" if config.model.num_experts else "mlp"]),
+        "residual": _output(layers),
+        "scores": _scores(config, layers["attention"]),
+    }
+    for name, value_L in stacked.items():
+        named |= {f"{name}.{layer}": value_L[layer] for layer in range(config.model.num_layers)}
+    return {name: value.astype(jnp.float32) for name, value in named.items()}
+
+
+def _output(captured: Any) -> jax.Array:
+    """What a module returned; the first of several things."""
+    (output,) = captured["__call__"]
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _scores(config: Config, captured: Any) -> jax.Array:
+    """[L, B, N, T, S]; 0 where a query does not see the key."""
+    c = config.model
+    query, key = ("query_norm", "key_norm") if c.query_key_norm else ("query", "key")
+    q_LBTNH, k_LBSKH = _output(captured[query]), _output(captured[key])
+    k_LBSNH = jnp.repeat(k_LBSKH, c.num_heads // c.num_kv_heads, axis=3)
+    scores_LBNTS = jnp.einsum("LBTNH,LBSNH->LBNTS", q_LBTNH, k_LBSNH, preferred_element_type=jnp.float32)
+    return jnp.tril(scores_LBNTS) * (query_multiplier(c) / math.sqrt(c.head_dim))
+
+
+def slopes(widths: Sequence[int], found: Sequence[list[list[dict[str, Scales]]]]) -> list[Slope]:
+    """Of each quantity, measure and step; `found` has what `measure` gave, width by width."""
+    lines = []
+    for step, measures in enumerate(found[0][0]):
+        for measure, quantities in measures.items():
+            for quantity in quantities:
+                by_width = [[seed[step][measure][quantity] for seed in of_width] for of_width in found]
+                values = tuple(float(np.mean(seeds)) for seeds in by_width)
+                judged = measure == "change" or quantity != "logits"
+                lines.append(Slope(quantity, measure, step, values, slope(widths, values), judged))
+    return lines
+
+
+def slope(widths: Sequence[int], values: Sequence[float]) -> float:
+    """Of log(value) over log(width), by least squares; NaN where a value is not above 0 and finite."""
+    if not all(value > 0 and math.isfinite(value) for value in values):
+        return math.nan
+    return float(np.polyfit(np.log(widths), np.log(values), 1)[0])
