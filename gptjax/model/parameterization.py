@@ -12,10 +12,10 @@ at `model.mup_base_dim` everything equals the standard parameterization, and wit
     head_vector  scales and biases of a head's norm      1             1           h          1
 
 in which the columns are factors of `init_std` and of the learning rate, and h = head_dim / mup_base_head_dim. All ratios are
-taken to be r: MLP, experts, and heads grow with the width. Beside them, in the forward pass, the final hidden vector is multiplied
-by 1 / r, for training, evaluation and generation alike, which gives logits their 1 / r whether the embedding is tied or not; and
-queries by 1 / sqrt(h), so that scores are q . k * sqrt(mup_base_head_dim) / head_dim, as 1 / head_dim is muP's scale. The usual
-way to grow is by heads of one size, where h = 1 and scores are the standard ones.
+taken to be r: MLP, experts, and heads grow with the width. Beside them, in the forward pass, the final hidden vector is
+multiplied by 1 / r, for training, evaluation and generation alike, which gives logits their 1 / r whether the embedding is tied
+or not; and queries by 1 / sqrt(h), so that scores are q . k * sqrt(mup_base_head_dim) / head_dim, as 1 / head_dim is muP's scale.
+The usual way to grow is by heads of one size, where h = 1 and scores are the standard ones.
 
 The router's rule is the table 3 form (no multiplier) of the same output role. Its Muon factor, and the 1 of hidden matrices, come
 from the spectral condition (Yang, Simon and Bernstein, 2023: an update's spectral norm is to be in proportion to
