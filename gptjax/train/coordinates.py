@@ -2,9 +2,10 @@
 
 The same recipe is trained for a few steps at several widths. Of each activation its scale, the mean absolute value over the rows
 of one batch, is taken before the first step and after each; also of its change since initialisation. Under muP neither depends on
-the width, but for the finite-width remainder, so that log(scale) against log(width) has slope 0. One thing is exempt by theory:
-logits before training, and what remains of them later, sum up independent terms and shrink as 1 / sqrt(width) with an untied
-head; of logits only the change is judged.
+the width once it is large, so that log(scale) against log(width) has slope 0. Judged are the scales of all activations but
+logits, and of logits the change: initial logits sum up independent terms over the width and shrink as 1 / sqrt(width) by design,
+and what remains of them after a step does too. Other changes are given without a judgement: at small widths a part of them is no
+reaction to the gradient but a chance overlap, which shrinks as 1 / sqrt(width) beside what stays; in scores it shows most.
 
 Scores are q . k, scaled, over the pairs that a causal query sees, before rotary positions turn the two.
 """
@@ -186,7 +187,7 @@ def slopes(widths: Sequence[int], found: Sequence[list[list[dict[str, Scales]]]]
             for quantity in quantities:
                 by_width = [[seed[step][measure][quantity] for seed in of_width] for of_width in found]
                 values = tuple(float(np.mean(seeds)) for seeds in by_width)
-                judged = measure == "change" or quantity != "logits"
+                judged = measure == ("change" if quantity == "logits" else "scale")
                 lines.append(Slope(quantity, measure, step, values, slope(widths, values), judged))
     return lines
 
