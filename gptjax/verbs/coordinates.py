@@ -31,8 +31,9 @@ def add(verbs: Any) -> None:
 
 The recipe is taken to each width with heads of its size, as many as fit, and MLP and experts in proportion; it trains on its own
 batches at its peak learning rate, without warm-up. The table has, for each activation and step, the slope of log(mean absolute
-value) over log(width), and the same of its change since initialisation. Those of all scales but the logits', and of the logits'
-change, are to lie within +-0.1; initial logits shrink with the width by design. Under muP they do (Yang et al., 2022, appendix D.1).
+value) over log(width), and the same of its change since initialisation. They are to lie within +-0.1, but for those in brackets:
+the scale of logits, their change by the first step, and the change of scores, whose random parts shrink with the width by design.
+Under muP they do (Yang et al., 2022, appendix D.1).
 
 With --workdir: coordinates.csv, coordinates.json and, with the extra plot, coordinates.png. Exit status 1 where a slope is too
 steep.""",
