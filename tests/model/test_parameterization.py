@@ -5,6 +5,7 @@ model, and the coordinate check, which muP passes and the standard parameterizat
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gptjax.config import Config, UserError
+from gptjax.config import Config, ModelConfig, UserError
 from gptjax.config.parameterization import UPDATE_KINDS
+from gptjax.data.pipeline import load_dataset
 from gptjax.generate import forward
 from gptjax.interop import huggingface
 from gptjax.model.attention import Cache
 from gptjax.model.decoder import Decoder
 from gptjax.model.parameterization import folded, learning_rate_multiplier, role_of, standard
+from gptjax.train import coordinates
 from gptjax.train.optimizers import make_optimizer
 from gptjax.train.run import named_leaves
 from gptjax.train.step import init_params
@@ -56,10 +59,13 @@ EXPERTS_TABLE = {
 }  # fmt: skip
 
 
+initialised = jax.jit(init_params, static_argnums=0)
+
+
 @pytest.mark.parametrize(("knobs", "table"), [(GPT2, GPT2_TABLE), (EXPERTS, EXPERTS_TABLE)], ids=["gpt2", "experts"])
 def test_every_parameter_has_the_multipliers_of_its_role(knobs: dict[str, Any], table: dict[str, tuple[Any, ...]]) -> None:
     config = small(knobs, WIDE, model__mup_base_head_dim=8, model__vocab_size=97)
-    leaves = named_leaves(nn.unbox(init_params(config, jnp.uint32(0))))
+    leaves = named_leaves(nn.unbox(initialised(config, jnp.uint32(0))))
     assert leaves.keys() == table.keys()
     for optimizer, kind in UPDATE_KINDS.items():
         one = small(knobs, WIDE, model__mup_base_head_dim=8, model__vocab_size=97, optimizer__name=optimizer)
@@ -90,6 +96,14 @@ def update(config: Config, params: Any) -> Any:
     return jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])(params, gradients)
 
 
+def one_of_each_role(config: Config) -> Any:
+    params = random_params(config)
+    layers = params["layers"]
+    experts = {name: {"kernel": layers["experts"][name]["kernel"]} for name in ("router", "up")}
+    attention = {"query": layers["attention"]["query"], "query_norm": layers["attention"]["query_norm"]}
+    return {"embed": params["embed"], "head": params["head"], "layers": {"experts": experts, "attention": attention}}
+
+
 @pytest.mark.parametrize("name", UPDATE_KINDS)
 def test_the_optimizer_scales_the_update_and_not_the_decay(name: str) -> None:
     """At ratio 4; at the base width there is no difference, to the bit."""
@@ -98,7 +112,7 @@ def test_the_optimizer_scales_the_update_and_not_the_decay(name: str) -> None:
     plain, wide = small(EXPERTS, knobs), small(EXPERTS, knobs, MUP, model__mup_base_dim=4)
     base = small(EXPERTS, knobs, MUP)
     assert (plain.model.model_dim, wide.model.model_dim / wide.model.mup_base_dim) == (16, 4)
-    params = random_params(plain)
+    params = one_of_each_role(plain)
     standard_update, found = update(plain, params), named_leaves(update(wide, params))
     tree_equal(update(base, params), standard_update)
     before = named_leaves(params)
@@ -112,8 +126,13 @@ def test_the_optimizer_scales_the_update_and_not_the_decay(name: str) -> None:
         np.testing.assert_allclose(found[path], expected, rtol=2e-4, atol=2e-6, err_msg=path)
 
 
+@functools.cache
+def compiled(model: ModelConfig) -> Any:
+    return jax.jit(lambda params, tokens: Decoder(model).apply({"params": params}, tokens)[0])
+
+
 def logits_of(config: Config, params: Any, tokens: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.jit(lambda p, t: Decoder(config.model).apply({"params": p}, t)[0])(params, tokens))
+    return np.asarray(compiled(config.model)(params, tokens))
 
 
 TOKENS = np.random.default_rng(0).integers(1, 20, (2, 12)).astype(np.int32)
@@ -123,7 +142,7 @@ def test_base_width_is_the_standard_model_bit_for_bit() -> None:
     knobs = {"model.mup_base_head_dim": 8, "model.num_heads": 2}
     config, plain = small(MUP, knobs), small(model__num_heads=2)
     assert config.model.head_dim == 8
-    tree_equal(init_params(config, jnp.uint32(3)), init_params(plain, jnp.uint32(3)))
+    tree_equal(initialised(config, jnp.uint32(3)), initialised(plain, jnp.uint32(3)))
     params = random_params(plain)
     np.testing.assert_array_equal(logits_of(config, params, TOKENS), logits_of(plain, params, TOKENS))
 
@@ -173,3 +192,46 @@ def test_bfloat16_parameters_are_folded_without_a_rounding_or_not_at_all() -> No
 def test_the_door_refuses(knobs: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         small(knobs)
+
+
+# --- the coordinate check ---------------------------------------------
+
+SEEDS, STEPS = range(6), 2
+TINY = {
+    "data.source": "text", "data.tokenizer": "char", "data.packing": "windows", "data.split_by": "tail", "data.seq_len": 12, "data.batch_size": 16,
+    "model.vocab_size": 0, "model.max_seq_len": 12, "model.num_layers": 1, "model.model_dim": 32, "model.num_heads": 2,
+    "model.attention": "dense", "optimizer.learning_rate": 2e-3,
+}  # fmt: skip
+MUON = {"optimizer.name": "muon", "optimizer.learning_rate": 0.02, "optimizer.muon_adam_learning_rate": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("coordinates")
+    letters = np.random.default_rng(0).choice(list("abcdefgh ."), 20_000, p=np.arange(1, 11) / 55)
+    (folder / "text.txt").write_text("".join(letters))
+    config = small(TINY, data__path=str(folder / "text.txt"))
+    return config, load_dataset(config, lambda _: None, folder)
+
+
+@functools.cache
+def measured(split: Any, vocab_size: int, path: str, width: int, *knobs: tuple[str, Any]) -> Any:
+    config = small(TINY, dict(knobs), data__path=path).with_vocab_size(vocab_size)
+    return coordinates.measure(coordinates.at_width(config, width), split, STEPS, SEEDS)
+
+
+@pytest.mark.parametrize("optimizer", [{}, MUON], ids=["adamw", "muon"])
+def test_activations_keep_their_size_under_mup_and_not_without(dataset: Any, optimizer: dict[str, Any]) -> None:
+    config, data = dataset
+    widths, base = (32, 128), {"model.parameterization": "mup", "model.mup_base_dim": 32}
+
+    def of(width: int, knobs: dict[str, Any]) -> Any:
+        return measured(data.train, data.tokenizer.vocab_size, config.data.path, width, *(optimizer | knobs).items())
+
+    at_base = of(32, base)  # where the two are the same
+    lines = coordinates.slopes(widths, [at_base, of(128, base)])
+    print([(line.quantity, line.measure, line.step, round(line.slope, 3)) for line in lines if line.judged])
+    assert [line for line in lines if line.judged and not line.passes] == []
+    without = coordinates.slopes(widths, [at_base, of(128, {})])
+    failing = {(line.quantity, line.measure) for line in without if line.judged and not line.passes}
+    assert {("mlp.0", "scale"), ("residual.0", "change"), ("logits", "change")} <= failing
