@@ -198,40 +198,38 @@ def test_the_door_refuses(knobs: dict[str, Any], sentence: str) -> None:
 
 SEEDS, STEPS = range(6), 2
 TINY = {
-    "data.source": "text", "data.tokenizer": "char", "data.packing": "windows", "data.split_by": "tail", "data.seq_len": 12, "data.batch_size": 16,
-    "model.vocab_size": 0, "model.max_seq_len": 12, "model.num_layers": 1, "model.model_dim": 32, "model.num_heads": 2,
-    "model.attention": "dense", "optimizer.learning_rate": 2e-3,
-}  # fmt: skip
+    "data.source": "text",
+    "data.tokenizer": "char",
+    "data.packing": "windows",
+    "data.split_by": "tail",
+    "data.batch_size": 16,
+    "model.vocab_size": 0,
+    "model.max_seq_len": 12,
+    "model.num_layers": 1,
+    "model.model_dim": 32,
+    "model.num_heads": 2,
+    "model.attention": "dense",
+    "optimizer.learning_rate": 2e-3,
+}
+AT_32 = {"model.parameterization": "mup", "model.mup_base_dim": 32}
 MUON = {"optimizer.name": "muon", "optimizer.learning_rate": 0.02, "optimizer.muon_adam_learning_rate": 2e-3}
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("coordinates")
-    letters = np.random.default_rng(0).choice(list("abcdefgh ."), 20_000, p=np.arange(1, 11) / 55)
-    (folder / "text.txt").write_text("".join(letters))
-    config = small(TINY, data__path=str(folder / "text.txt"))
-    return config, load_dataset(config, lambda _: None, folder)
-
-
-@functools.cache
-def measured(split: Any, vocab_size: int, path: str, width: int, *knobs: tuple[str, Any]) -> Any:
-    config = small(TINY, dict(knobs), data__path=path).with_vocab_size(vocab_size)
-    return coordinates.measure(coordinates.at_width(config, width), split, STEPS, SEEDS)
-
-
 @pytest.mark.parametrize("optimizer", [{}, MUON], ids=["adamw", "muon"])
-def test_activations_keep_their_size_under_mup_and_not_without(dataset: Any, optimizer: dict[str, Any]) -> None:
-    config, data = dataset
-    widths, base = (32, 128), {"model.parameterization": "mup", "model.mup_base_dim": 32}
+def test_activations_keep_their_size_under_mup_and_not_without(optimizer: dict[str, Any], tmp_path: Any) -> None:
+    letters = np.random.default_rng(0).choice(list("abcdefgh ."), 20_000, p=np.arange(1, 11) / 55)
+    (tmp_path / "text.txt").write_text("".join(letters))
+    knobs = TINY | optimizer | {"data.path": str(tmp_path / "text.txt")}
+    data = load_dataset(small(knobs), lambda _: None, tmp_path)
 
-    def of(width: int, knobs: dict[str, Any]) -> Any:
-        return measured(data.train, data.tokenizer.vocab_size, config.data.path, width, *(optimizer | knobs).items())
+    def measured(width: int, **more: Any) -> Any:
+        config = small(knobs, more).with_vocab_size(data.tokenizer.vocab_size)
+        return coordinates.measure(coordinates.at_width(config, width), data.train, STEPS, SEEDS)
 
-    at_base = of(32, base)  # where the two are the same
-    lines = coordinates.slopes(widths, [at_base, of(128, base)])
-    print([(line.quantity, line.measure, line.step, round(line.slope, 3)) for line in lines if line.judged])
-    assert [line for line in lines if line.judged and not line.passes] == []
-    without = coordinates.slopes(widths, [at_base, of(128, {})])
+    at_base = measured(32, **AT_32)  # where the two are the same
+    under_mup = coordinates.slopes((32, 128), [at_base, measured(128, **AT_32)])
+    print([(line.quantity, line.measure, line.step, round(line.slope, 3)) for line in under_mup if line.judged])
+    assert [line for line in under_mup if line.judged and not line.passes] == []
+    without = coordinates.slopes((32, 128), [at_base, measured(128)])
     failing = {(line.quantity, line.measure) for line in without if line.judged and not line.passes}
     assert {("mlp.0", "scale"), ("residual.0", "change"), ("logits", "change")} <= failing
