@@ -105,31 +105,29 @@ def measure(config: Config, split: Split, steps: int, seeds: Sequence[int]) -> l
         state = init_state(seeded, lengths, mesh)
         first = next(batches)
         rows = {name: array[:ROWS] for name, array in first.items()}
-        initial, scales = observe(state.params, rows, None)
-        rounds = [scales]
+        initial = observe(state.params, rows)
+        rounds = [{"scale": _scales(initial)}]
         for step in range(steps):
             state, _ = train_step(state, next(batches) if step else first)
-            rounds.append(observe(state.params, rows, initial)[1])
-        found.append(jax.tree.map(float, jax.device_get(rounds)))
+            now = observe(state.params, rows)
+            rounds.append({"scale": _scales(now), "change": _scales({name: now[name] - initial[name] for name in now})})
+        found.append(rounds)
     return found
 
 
-def _observer(config: Config, mesh: Mesh) -> Callable[..., Any]:
-    """(params, batch, activations or None) -> (activations, {"scale": Scales, "change": Scales of the difference from those})."""
+def _observer(config: Config, mesh: Mesh) -> Callable[[Any, Any], dict[str, np.ndarray]]:
+    """(params, batch) -> `activations`."""
+    observe = jax.jit(lambda params, batch: activations(config, params, OBJECTIVES[config.objective.name](batch)))
 
-    @jax.jit
-    def observe(params: Any, batch: Any, before: Any) -> Any:
-        now = activations(config, params, OBJECTIVES[config.objective.name](batch))
-        scales = {"scale": {name: jnp.abs(value).mean() for name, value in now.items()}}
-        if before is not None:
-            scales["change"] = {name: jnp.abs(value - before[name]).mean() for name, value in now.items()}
-        return now, scales
-
-    def run(*arguments: Any) -> Any:
+    def run(params: Any, batch: Any) -> dict[str, np.ndarray]:
         with laid_over(mesh, config.mesh):
-            return observe(*arguments)
+            return jax.device_get(observe(params, batch))
 
     return run
+
+
+def _scales(arrays: dict[str, np.ndarray]) -> Scales:
+    return {name: float(np.abs(array).mean(dtype=np.float64)) for name, array in arrays.items()}
 
 
 _CAPTURED = (Embedding, Block, Attention, MLP, ExpertMLP, Projection, Norm)
