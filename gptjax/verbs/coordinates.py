@@ -43,7 +43,7 @@ steep.""",
     parser.add_argument(
         "--widths", type=sizes, default=(64, 128, 256, 512), metavar="N,N", help="model.model_dim (64,128,256,512)"
     )
-    parser.add_argument("--steps", type=positive, default=4, metavar="N", help="training steps (4)")
+    parser.add_argument("--steps", type=positive, default=3, metavar="N", help="training steps (3)")
     parser.add_argument("--seeds", type=positive, default=2, metavar="N", help="train.seed 0 to N - 1, averaged (2)")
     parser.add_argument("--workdir", metavar="DIR", help="where table and plot are written")
 
