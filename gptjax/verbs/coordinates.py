@@ -138,7 +138,7 @@ def _draw(path: pathlib.Path, widths: Sequence[int], lines: Sequence[Slope]) -> 
         return
     kinds = sorted({line.quantity.partition(".")[0] for line in lines})
     last = max(line.step for line in lines)
-    figure = Figure(figsize=(2.6 * len(kinds), 5.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(2.6 * len(kinds), 5.2), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(kinds), sharex=True, squeeze=False)
     for row, measure in enumerate(("scale", "change")):
@@ -151,6 +151,8 @@ def _draw(path: pathlib.Path, widths: Sequence[int], lines: Sequence[Slope]) -> 
             axes.set(xscale="log", yscale="log", title=f"{kind}: {measure}")
             axes.set_xticks(widths, map(str, widths))
             axes.minorticks_off()
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, high / 10), high)  # a decade at least, or flat lines would look steep
             axes.grid(color="#dddddd", linewidth=0.6)
     for axes in panels[1]:
         axes.set_xlabel("width")
