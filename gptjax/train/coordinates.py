@@ -80,9 +80,8 @@ def at_width(config: Config, width: int) -> Config:
         return size
 
     names = ("num_heads", "num_kv_heads", "mlp_dim", "expert_mlp_dim")
-    return dataclasses.replace(
-        config, model=dataclasses.replace(model, model_dim=width, **{name: scaled(name) for name in names})
-    )
+    sizes: dict[str, Any] = {name: scaled(name) for name in names}
+    return dataclasses.replace(config, model=dataclasses.replace(model, model_dim=width, **sizes))
 
 
 def measure(config: Config, split: Split, steps: int, seeds: Sequence[int]) -> list[list[dict[str, Scales]]]:

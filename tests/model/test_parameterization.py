@@ -244,3 +244,13 @@ def test_activations_keep_their_size_under_mup_and_not_without(optimizer: dict[s
     without = coordinates.slopes((32, 128), [at_base, measured(128)])
     failing = {(line.quantity, line.measure) for line in without if line.judged and not line.passes}
     assert {("mlp.0", "scale"), ("residual.0", "change"), ("logits", "change")} <= failing
+
+
+def test_widths_that_do_not_fit_are_refused() -> None:
+    config = small(model__num_kv_heads=2)
+    wide = coordinates.at_width(config, 64).model
+    assert (wide.model_dim, wide.num_heads, wide.num_kv_heads, wide.head_dim, wide.mlp_dim) == (64, 16, 8, 4, 256)
+    with pytest.raises(
+        UserError, match="at width 12 model.num_kv_heads would be 1.5; it is 2 at the recipe's model.model_dim=16"
+    ):
+        coordinates.at_width(config, 12)
