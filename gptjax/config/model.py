@@ -180,6 +180,18 @@ class ModelConfig:
     scaled_residual_init: bool = knob(
         True, "GPT-2's: projections into the residual stream start at init_std / sqrt(2 * num_layers)."
     )
+    parameterization: str = knob(
+        "standard",
+        "How initial weights, learning rates and multipliers follow the width; mup: so that the best learning rate at "
+        "mup_base_dim, where it equals standard, stays the best at other widths (Yang et al., 2022, Tensor Programs V, table 8).",
+        choices=("standard", "mup"),
+    )
+    mup_base_dim: int = knob(
+        0, "mup: the model_dim that others are measured by; mlp_dim and heads are taken to grow with model_dim.", at_least=0
+    )
+    mup_base_head_dim: int = knob(
+        0, "mup: head_dim at mup_base_dim, where width grows by larger heads; 0: it grows by more of them.", at_least=0
+    )
 
     dtype: str = knob(
         "float32", "Matrix products; norms, softmax, logits and loss are always float32.", choices=("float32", "bfloat16")

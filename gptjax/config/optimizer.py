@@ -168,8 +168,8 @@ def check(config: Config) -> None:
         )
     if optimizer.name == "sophia" and (heads := config.model.prediction_heads) > 1:
         raise UserError(
-            f"optimizer.name=sophia estimates curvature from targets that the model draws, of which model.prediction_heads={heads} "
-            "would need one for each head; change one of them."
+            f"optimizer.name=sophia estimates curvature from targets that the model draws, of which "
+            f"model.prediction_heads={heads} would need one for each head; change one of them."
         )
     for key in ("no_decay", "freeze"):
         for pattern in getattr(optimizer, key):

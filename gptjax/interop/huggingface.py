@@ -18,6 +18,7 @@ from gptjax.interop.architectures import ARCHITECTURES, Architecture, Knobs, Sou
 from gptjax.interop.foreign import Foreign
 from gptjax.interop.layout import Row
 from gptjax.interop.tensors import Tensors
+from gptjax.model import parameterization
 
 SHARD_BYTES = 5 * 10**9  # as transformers cuts them
 
@@ -225,9 +226,10 @@ def prepare(config: ModelConfig, flat: dict[str, Any], dtype: str = "", source: 
     """What is to be written of a model; `flat` is {path: array}.
 
     `dtype`: float32, bfloat16 or float16 for all tensors; "": those of the folder that the model was read from, which `source`
-    tells ({"format", "architecture", "kinds"}), else the parameters' own. Raises `UserError` where no architecture expresses the
-    model.
+    tells ({"format", "architecture", "kinds"}), else the parameters' own. The multipliers of model.parameterization=mup go into
+    the weights. Raises `UserError` where no architecture expresses the model.
     """
+    flat, config = parameterization.folded(config, flat), parameterization.standard(config)
     source = source if source and source.get("format") == "huggingface" else {}
     kind = str(source.get("architecture", ""))
     if kind not in ARCHITECTURES or _lost(kind, config) != {}:

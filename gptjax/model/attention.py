@@ -17,6 +17,7 @@ from gptjax.model.blockwise import blockwise_attention, by_group, sink
 from gptjax.model.cache import Cache, cached_attention, visible
 from gptjax.model.context import Shared, context_attention
 from gptjax.model.layers import Norm, Projection
+from gptjax.model.parameterization import query_multiplier
 from gptjax.model.positions import rotate
 from gptjax.model.rows import Rows
 from gptjax.model.scores import ATTENTION_SCORES, SINKS, Learned, declare, scored
@@ -293,6 +294,8 @@ class Attention(nn.Module):
         of_score = declare(self, c, score.learned)
         if score.prepare is not None:
             q_BTNH, k_BTKH = score.prepare(of_score, q_BTNH, k_BTKH)
+        if (multiplier := query_multiplier(c)) != 1:
+            q_BTNH = q_BTNH * multiplier
         if rows.angles is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, rows.angles), rotate(k_BTKH, rows.angles)
         out_BTNH, cache = attend_rows(self, q_BTNH, k_BTKH, v_BTKH, rows, cache, of_score)

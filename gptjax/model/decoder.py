@@ -28,6 +28,7 @@ from gptjax.model.embedding import Embedding
 from gptjax.model.experts import ROUTED, RouterStats
 from gptjax.model.kernels import Kernel
 from gptjax.model.layers import PROJECTED, Norm, parameter
+from gptjax.model.parameterization import initial_std, output_multiplier
 from gptjax.model.positions import angles_by_base, angles_key
 from gptjax.model.rows import Rows
 from gptjax.parallel.pipeline import num_micro_batches, pipelined
@@ -72,7 +73,7 @@ class Decoder(nn.Module):
         if c.norm_placement != "post":
             self.final_norm = Norm(c)
         if not c.tied_embeddings:
-            normal = nn.initializers.normal(c.init_std)
+            normal = nn.initializers.normal(initial_std(c, "head"))
             self.head = parameter(self, "head", normal, ("table_width", "table_rows"), (c.model_dim, c.vocab_size), c.param_dtype)
 
     def hidden(
@@ -85,7 +86,8 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
         """What the output table is multiplied with, the normed output of the last block, [B, T, D], or [B, T, E] where a table
-        [V, E] is tied; the cache with these tokens written in; and what the routers of all layers did (None: no experts).
+        [V, E] is tied, times the parameterization's output multiplier; the cache with these tokens written in; and what the
+        routers of all layers did (None: no experts).
 
         `segment_ids_BT`: tokens see only their own segment (packed documents). `prefix_BT`, bool: tokens that all of their
         segment see; others are seen by later ones only. `dropout_keys`: one a row; None: no dropout.
@@ -93,7 +95,7 @@ class Decoder(nn.Module):
         to t.
         """
         x_BTD, _, cache, stats = self._trunk(tokens_BT, positions_BT, segment_ids_BT, prefix_BT, dropout_keys, cache)
-        return self._out(x_BTD), cache, stats
+        return self.out(x_BTD), cache, stats
 
     def hidden_of_heads(self, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> tuple[list[jax.Array], RouterStats | None]:
         """(`hidden` of each prediction head, the first being the decoder's own; what all routers did). Arguments as `hidden`,
@@ -105,7 +107,7 @@ class Decoder(nn.Module):
         """
         c = self.config
         x_BTD, rows, _, stats = self._trunk(tokens_BT, *args, **kwargs)
-        hidden = [self._out(x_BTD)]
+        hidden = [self.out(x_BTD)]
         if c.prediction_heads == 1:
             return hidden, stats
         numbers = c.num_layers + jnp.arange(c.prediction_heads - 1)
@@ -115,14 +117,16 @@ class Decoder(nn.Module):
         kinds, params = layer_configs(c), self.variables["params"]["prediction_heads"]
         for n, (own, number) in enumerate(_unstacked((params, numbers), c.prediction_heads - 1), c.num_layers):
             y_BTD, (_, more) = _applied(kinds[n % len(kinds)], _block(c, False))(own, number, x_BTD, rows, None)
-            hidden.append(self._out(y_BTD))
+            hidden.append(self.out(y_BTD))
             stats = jax.tree.map(lambda of, one: jnp.concatenate([of, one[None]]), stats, more)
         return hidden, stats
 
-    def _out(self, x_BTD: jax.Array) -> jax.Array:
-        """The stream as the output table takes it."""
+    def out(self, x_BTD: jax.Array) -> jax.Array:
+        """The stream, behind the last block, as the output table takes it."""
         c = self.config
         hidden_BTD = x_BTD if c.norm_placement == "post" else self.final_norm(x_BTD)
+        if (multiplier := output_multiplier(c)) != 1:
+            hidden_BTD = hidden_BTD * multiplier
         return self.embed.to_table(hidden_BTD) if c.embedding_dim and c.tied_embeddings else hidden_BTD
 
     def _trunk(

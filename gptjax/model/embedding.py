@@ -12,6 +12,7 @@ from gptjax.config import ModelConfig
 from gptjax.model import primitives
 from gptjax.model.kernels import Kernel
 from gptjax.model.layers import linear, parameter
+from gptjax.model.parameterization import initial_std
 from gptjax.model.positions import sinusoids
 from gptjax.parallel.sharding import constrain
 
@@ -27,7 +28,7 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        normal = nn.initializers.normal(c.init_std)
+        normal = nn.initializers.normal(initial_std(c, "embedding"))
         width = c.embedding_dim or c.model_dim
         self.tokens = parameter(self, "tokens", normal, ("table_rows", "table_width"), (c.vocab_size, width), c.param_dtype)
         if c.position == "learned":

@@ -35,6 +35,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gptjax.config import ModelConfig
 from gptjax.model import primitives
 from gptjax.model.layers import ACTIVATIONS, MLP, PROJECTED, parameter
+from gptjax.model.parameterization import initial_std
 from gptjax.parallel.sharding import constrain, mesh_size, spec
 
 # The name of the routers' logits, which remat always keeps: computed again with other roundings, a near tie could fall the other
@@ -85,7 +86,8 @@ class Router(nn.Module):
         """(chosen experts [B, T, J], their weights [B, T, J], sums); padding's weights are 0. Ties go to the lower number."""
         c = self.config
         shape = (x_BTD.shape[-1], c.num_experts)
-        kernel_DE = parameter(self, "kernel", nn.initializers.normal(c.init_std), ("embed", "router"), shape, c.param_dtype)
+        normal = nn.initializers.normal(initial_std(c, "router"))
+        kernel_DE = parameter(self, "kernel", normal, ("embed", "router"), shape, c.param_dtype)
         logits_BTE = jnp.einsum(
             "BTD,DE->BTE", x_BTD.astype(jnp.float32), kernel_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
@@ -117,7 +119,9 @@ class ExpertMap(nn.Module):
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array | None]:
         c = self.config
-        std = c.init_std / math.sqrt(2 * c.num_layers) if self.into_residual and c.scaled_residual_init else c.init_std
+        std = initial_std(c, "hidden")
+        if self.into_residual and c.scaled_residual_init:
+            std /= math.sqrt(2 * c.num_layers)
         shape, axes = (c.num_experts, *self.shape), ("experts", *self.axes)
         kernel = parameter(self, "kernel", nn.initializers.normal(std), axes, shape, c.param_dtype)
         if not c.mlp_bias:

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gptjax.config import ModelConfig
 from gptjax.model import primitives
 from gptjax.model.kernels import Kernel
+from gptjax.model.parameterization import initial_std
 from gptjax.parallel.sharding import constrain, spec
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -86,7 +87,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        std = c.init_std
+        std = initial_std(c, "hidden")
         if self.into_residual and c.scaled_residual_init:
             std /= math.sqrt(2 * c.num_layers)
         in_shape = x.shape[-len(self.in_axes) :]

@@ -25,6 +25,7 @@ from gptjax.config.objective import sees_later_tokens
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.interop import formats, huggingface, layout, tokens, verify
 from gptjax.interop.foreign import Foreign
+from gptjax.model import parameterization
 from gptjax.recipes import apply_override
 from gptjax.train import run
 from gptjax.train.checkpoints import Checkpoints
@@ -193,7 +194,7 @@ def export_model(
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is not a run's folder: it has no config.json.")
     config = config_lib.from_json(workdir / "config.json")
-    huggingface.architecture_for(config.model)  # refuses before anything is restored
+    huggingface.architecture_for(parameterization.standard(config.model))  # refuses before anything is restored
     if sees_later_tokens(config.objective):
         raise UserError(
             f"{workdir} was trained with objective.name={config.objective.name}, whose tokens see later ones; the models of "
@@ -208,7 +209,7 @@ def export_model(
             log(note)
         found = None
         if verified:
-            found = verify.compare(folder, config.model, huggingface.load(folder)[1])
+            found = verify.compare(folder, export.config, huggingface.load(folder)[1])
             run.write_json(folder / "verify.json", found)
             _judge(found)
     return {

@@ -15,6 +15,7 @@ import optax
 
 from gptjax.config import Config, OptimizerConfig, UserError
 from gptjax.config.optimizer import frozen_layers, parameter_groups
+from gptjax.model.parameterization import learning_rate_multiplier
 
 
 def parameter_path(path: tuple[Any, ...]) -> str:
@@ -39,8 +40,9 @@ def decay_mask(config: OptimizerConfig, params: Any) -> Any:
 
 
 def _role_factors(config: Config, name: str) -> tuple[float, float]:
-    """(rate, decay) of a parameter by its role in the parameterization; those of the standard one are 1."""
-    return 1.0, 1.0
+    """(rate, decay) of a parameter by its role in the parameterization: their product, by which it decays, is 1."""
+    rate = learning_rate_multiplier(config, name)
+    return rate, 1.0 / rate
 
 
 def _factors(config: Config, name: str) -> tuple[float, float]:

@@ -13,10 +13,11 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax import config as config_lib
-from gptjax.config import Config, UserError
+from gptjax.config import Config, ModelConfig, UserError
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_folder
 from gptjax.generate import weights
 from gptjax.interop import huggingface
+from gptjax.model.parameterization import output_multiplier, query_multiplier, standard
 from gptjax.parallel.mesh import make_mesh
 from gptjax.train.checkpoints import Checkpoints
 from gptjax.train.optimizers import Lengths, evaluation_params
@@ -135,9 +136,10 @@ def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None], token
     theirs: Tokenizer | None
     if (folder / "checkpoints").is_dir():
         found = load_params(folder, log)
-        params, theirs = found.params, _own_tokenizer(folder, found.metadata)
+        params, theirs, model = found.params, _own_tokenizer(folder, found.metadata), found.config.model
     else:
-        params, theirs = huggingface.load(folder)[1], tokenizer_of_folder(folder)
+        params, theirs, model = huggingface.load(folder)[1], tokenizer_of_folder(folder), standard(config.model)
+    _check_multipliers(folder, model, config.model)
     if tokenizer is not None:
         _check_same_tokenizer(folder, theirs, tokenizer, log)
     wanted = abstract_state(config, ANY_LENGTHS, mesh).params
@@ -156,6 +158,15 @@ def _check_same_tokenizer(folder: pathlib.Path, theirs: Tokenizer | None, ours: 
             f"init_from={folder} was trained with another tokenizer ({theirs.kind}, {theirs.vocab_size} ids) than this run's "
             f"({ours.kind}, {ours.vocab_size} ids); set data.tokenizer and data.tokenizer_path to that one."
         )
+
+
+def _check_multipliers(folder: pathlib.Path, theirs: ModelConfig, ours: ModelConfig) -> None:
+    """Raises `UserError` where the same parameters would make another function in this run's parameterization."""
+    for multiplier in (output_multiplier, query_multiplier):
+        if multiplier(theirs) != multiplier(ours):
+            names = ("parameterization", "mup_base_dim", "mup_base_head_dim")
+            here, there = (", ".join(f"model.{name}={getattr(c, name)}" for name in names) for c in (ours, theirs))
+            raise UserError(f"init_from={folder} was trained with {there}; with {here} its parameters compute something else.")
 
 
 def _check_fit(folder: pathlib.Path, params: Any, wanted: Any) -> None:

@@ -90,15 +90,22 @@ def _new_state(config: Config, lengths: Lengths, params: Any, seed: jax.Array) -
 
 def init_state(config: Config, lengths: Lengths, mesh: Mesh, params: Any = None) -> TrainState:
     """The state at step 0, laid over the mesh. `params`, where given, takes the place of random ones."""
-    shardings = state_shardings(config, lengths, mesh)
     with laid_over(mesh, config.mesh):
         if params is not None:
+            shardings = state_shardings(config, lengths, mesh)
             build = jax.jit(lambda params, seed: _new_state(config, lengths, params, seed), out_shardings=shardings)
             return build(params, jnp.uint32(config.train.seed))
-        build = jax.jit(
-            lambda seed: _new_state(config, lengths, nn.unbox(init_params(config, seed)), seed), out_shardings=shardings
-        )
-        return build(jnp.uint32(config.train.seed))
+        any_seed = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
+        return _initialiser(any_seed, lengths, mesh)(jnp.uint32(config.train.seed))
+
+
+@functools.cache
+def _initialiser(config: Config, lengths: Lengths, mesh: Mesh) -> Callable[[jax.Array], TrainState]:
+    """The seed to the state at step 0, jitted: one compilation for all seeds."""
+    return jax.jit(
+        lambda seed: _new_state(config, lengths, nn.unbox(init_params(config, seed)), seed),
+        out_shardings=state_shardings(config, lengths, mesh),
+    )
 
 
 def abstract_state(config: Config, lengths: Lengths, mesh: Mesh) -> TrainState:
