@@ -1,10 +1,12 @@
 """Tokens to batches. The batch of a step is a function of (train.seed, step) alone, so a run's place in the data is one integer.
 
-The rows of training are one infinite sequence, of which step s takes rows s * B to (s + 1) * B, and a process of several those
-that its devices hold. They come in a new random order each epoch, epoch after epoch without a gap. Windows are cut anew
-each epoch, from a phase of its own, so that no token comes twice in an epoch and no boundary stays. (nanoGPT draws its windows
-with replacement, which leaves a fraction exp(-1) of the text unseen after an epoch's worth.) Orders and phases are drawn from
-Philox, a counter-based generator, for (seed, epoch): starting at any step costs nothing.
+The rows of training are one infinite sequence, of which step s takes rows s * B to (s + 1) * B (while the batch size rises, the
+rows that follow those of the steps before it), and a process of several those that its devices hold. A run that went back from
+a spike of its loss passes over some: all later rows then come so many places later. They come in a new random order each epoch,
+epoch after epoch without a gap. Windows are cut anew each epoch, from a phase of its own, so that no token comes twice in an
+epoch and no boundary stays. (nanoGPT draws its windows with replacement, which leaves a fraction exp(-1) of the text unseen
+after an epoch's worth.) Orders and phases are drawn from Philox, a counter-based generator, for (seed, epoch): starting at any
+step costs nothing.
 
 Orders are drawn here for whole batches, because Grain's own shuffle costs 20 to 40 microseconds a row; Grain iterates over steps,
 and reads ahead in threads.
@@ -26,7 +28,7 @@ import numpy as np
 from gptjax.config import Config, UserError
 from gptjax.data import cache
 from gptjax.data.cleaning import Cleaned, clean
-from gptjax.data.packing import Rows, pack
+from gptjax.data.packing import Rows, pack, shortened
 from gptjax.data.sources import open_sources
 from gptjax.data.tokenizers import SentencePieceTokenizer, Tokenizer, make_tokenizer, train_sentencepiece
 
@@ -168,16 +170,26 @@ def _rows_per_epoch(config: Config, split: Split) -> int:
     return max(1, (split.num_tokens - config.data.seq_len) // config.data.seq_len)
 
 
-def train_batches(config: Config, split: Split, start_step: int = 0, share: np.ndarray | None = None) -> Iterator[Batch]:
-    """The batches of steps `start_step`, `start_step` + 1, ... without end; `share`: of their rows only these, ascending.
+def train_batches(
+    config: Config, split: Split, start_step: int = 0, share: np.ndarray | None = None, skipped_rows: int = 0
+) -> Iterator[Batch]:
+    """The batches of steps `start_step`, `start_step` + 1, ..., to the end of the stage (`Config.stages`) of the first of them:
+    without end where nothing warms up. `share`: of a step's rows only these, ascending. `skipped_rows`: rows that were passed
+    over before `start_step`.
 
     int32 [rows, seq_len + 1] `tokens`, `segment_ids` (1, 2, ... within a row, 0 for padding) and `positions` (from 0 in each
     segment). Reads `data.prefetch` batches ahead.
     """
     import grain
 
-    share = _share(config.data.batch_size, share)
-    batches = grain.MapDataset.range(start_step, _LAST_STEP).map(lambda step: _train_batch(config, split, int(step), share))
+    stages = config.stages(steps_per_epoch(config, split))
+    stage, end = stages.at(start_step), stages.end(start_step) or _LAST_STEP
+    share = _share(stage.batch_size, share)
+
+    def batch(step: int) -> Batch:
+        return shortened(_train_batch(config, split, stages.rows(step) + skipped_rows + share), stage.seq_len)
+
+    batches = grain.MapDataset.range(start_step, end).map(lambda step: batch(int(step)))
     ahead = config.data.prefetch
     options = grain.ReadOptions(num_threads=_PREFETCH_THREADS if ahead else 0, prefetch_buffer_size=ahead)
     return iter(batches.to_iter_dataset(options))
@@ -194,18 +206,18 @@ def _share(batch_size: int, share: np.ndarray | None) -> np.ndarray:
     return share
 
 
-def _train_batch(config: Config, split: Split, step: int, share: np.ndarray) -> Batch:
-    numbers = step * config.data.batch_size + share
+def _train_batch(config: Config, split: Split, numbers: np.ndarray) -> Batch:
+    """Those rows of the infinite sequence."""
     epochs, rows = _epoch_rows(config, split, numbers)
     if split.rows is not None:
         return split.rows.batch(split.tokens, rows)
     return _windows(split, _window_starts(config, split, epochs, rows), config.data.seq_len)
 
 
-def batch_documents(config: Config, split: Split, step: int) -> list[str]:
+def batch_documents(config: Config, split: Split, step: int, skipped_rows: int = 0) -> list[str]:
     """Names of the documents in the global batch of `step`, each once, in the order of the source."""
-    size = config.data.batch_size
-    numbers = np.arange(step * size, (step + 1) * size)
+    stages = config.stages(steps_per_epoch(config, split))
+    numbers = np.arange(stages.rows(step), stages.rows(step + 1)) + skipped_rows
     epochs, rows = _epoch_rows(config, split, numbers)
     if split.rows is not None:
         found = split.rows.documents(rows)

@@ -25,6 +25,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TextIO
 
+import numpy as np
+
 from gptjax.config import Config, UserError, to_dict
 
 FILE_NAME = "metrics.jsonl"
@@ -263,9 +265,17 @@ class LiveLine:
     It is called with a text to log: the text goes above the line. Use it as the `log` of everything that runs beside it.
     """
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        total_steps: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        total_tokens: int | None = None,
+    ):
+        """`total_tokens`: of the whole run, which tell the time left, since steps need not be of one size; None: steps do."""
         self._stream = sys.stderr if stream is None else stream
         self._total, self._clock = total_steps, clock
+        self._total_tokens, self._tokens = total_tokens, 0
         self._is_terminal = self._stream.isatty() and os.environ.get("TERM", "") != "dumb"
         self._lock = threading.RLock()  # checkpoints are written, and log, in threads of their own
         self._step, self._loss, self._saved, self._activity = 0, math.nan, 0, ""
@@ -282,6 +292,7 @@ class LiveLine:
     def step(self, step: int, tokens: int, loss: float | None = None) -> None:
         """After each step: `step` steps and `tokens` tokens are done in all, the latest known loss is `loss`."""
         self.rate.tick(step, tokens)
+        self._tokens = tokens
         self._step, self._loss = step, self._loss if loss is None else loss
         self._draw()
 
@@ -346,9 +357,14 @@ class LiveLine:
             parts += [f"{name} {float(row[name]):.4f}" for name in ("train/loss", "eval/loss") if name in row]
         tokens, steps = self.rate.tokens_per_second, self.rate.steps_per_second
         parts.append(f"{format_count(tokens)} tokens/s" if tokens else "- tokens/s")
-        parts.append(f"ETA {format_seconds((self._total - self._step) / steps)}" if steps else "ETA -")
+        parts.append(f"ETA {format_seconds(self._seconds_left(steps, tokens))}" if steps and tokens else "ETA -")
         parts.append(f"saved {self._saved:,}" if self._saved else "not saved yet")
         return [*parts, self._activity] if self._activity else parts
+
+    def _seconds_left(self, steps: float, tokens: float) -> float:
+        if self._total_tokens is None:
+            return (self._total - self._step) / steps
+        return (self._total_tokens - self._tokens) / tokens
 
     def _draw(self, force: bool = False) -> None:
         with self._lock:
@@ -483,8 +499,21 @@ def _draw_token_axis(axes: Any, rows: list[dict[str, Any]]) -> None:
     counted = [row for row in rows if row["step"] and row.get("tokens")]
     if not counted:
         return
-    tokens_per_step = counted[-1]["tokens"] / counted[-1]["step"]
-    top = axes.secondary_xaxis("top", functions=(lambda step: step * tokens_per_step, lambda tokens: tokens / tokens_per_step))
+    # A warm-up of the batch size bends the line; past both ends it goes on as it is there.
+    steps = np.array([0.0, *(row["step"] for row in counted)])
+    tokens = np.array([0.0, *(row["tokens"] for row in counted)])
+    steps, first = np.unique(steps, return_index=True)
+    tokens = tokens[first]
+    top = axes.secondary_xaxis("top", functions=(_line_through(steps, tokens), _line_through(tokens, steps)))
     top.set_xlabel("tokens")
     top.xaxis.set_major_formatter(lambda value, _: format_count(value).replace(".00", "") if value >= 0 else "")
     top.spines["top"].set_visible(False)
+
+
+def _line_through(x: np.ndarray, y: np.ndarray) -> Callable[[Any], Any]:
+    """The line through points of ascending x and y, its first and last piece going on for as long as all of them."""
+    span = x[-1] - x[0]
+    slopes = (y[1] - y[0]) / (x[1] - x[0]), (y[-1] - y[-2]) / (x[-1] - x[-2])
+    ends = np.array([x[0] - span, *x, x[-1] + span])
+    values = np.array([y[0] - span * slopes[0], *y, y[-1] + span * slopes[1]])
+    return lambda at: np.interp(at, ends, values)
