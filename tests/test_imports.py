@@ -27,6 +27,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.train.state_precision": ("gptjax.config", "gptjax.model.primitives"),
     "gptjax.train.flops": ("gptjax.config",),
     "gptjax.train.metrics": ("gptjax.config", "gptjax.train.flops"),
+    "gptjax.train.curve": ("gptjax.train.metrics",),
     "gptjax.train.loss": ("gptjax.model.primitives", "gptjax.parallel.sharding"),
     "gptjax.train.manifest": ("gptjax.train.run",),
     "gptjax.train.run": ("gptjax.config",),

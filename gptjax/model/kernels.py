@@ -42,9 +42,11 @@ class Kernel:
         kept = x.shape[: x.ndim - contracted]
         x_MI = x.reshape(math.prod(kept), self.weights_OI.shape[1])
         if self.quantization != "none":
-            y_MO = self._quantized(x_MI) * self.scale_O
+            y_MO = self._quantized(x_MI)
         else:
-            y_MO = self._float(x_MI) if self.scale_O is None else self._int8(x_MI) * self.scale_O
+            y_MO = self._float(x_MI) if self.scale_O is None else self._int8(x_MI)
+        if self.scale_O is not None:
+            y_MO = y_MO * self.scale_O
         return y_MO.reshape(*kept, *self.out_shape)
 
     def rows(self, ids: jax.Array) -> jax.Array:

@@ -32,9 +32,10 @@ from gptjax.parallel import hosts
 from gptjax.parallel.mesh import check_divides, make_mesh
 from gptjax.parallel.sharding import batch_sharding, use_rules
 from gptjax.train.checkpoints import CheckpointError, Checkpoints
+from gptjax.train.curve import draw_loss_curve
 from gptjax.train.evaluate import evaluate
 from gptjax.train.flops import describe_mfu, device_peak, flops_per_token, mfu
-from gptjax.train.metrics import LiveLine, MetricsWriter, draw_loss_curve, log_to_stderr, parameter_table
+from gptjax.train.metrics import LiveLine, MetricsWriter, log_to_stderr, parameter_table
 from gptjax.train.optimizers import Lengths, evaluation_params
 from gptjax.train.restore import initial_params
 from gptjax.train.rewind import Rewind, Spike, Watch
