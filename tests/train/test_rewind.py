@@ -114,8 +114,8 @@ def test_a_spike_is_gone_back_from_and_passed_over(undisturbed) -> None:
     workdir, result = undisturbed
     assert result["steps"] == 40 and result["tokens"] == 40 * 64
     one, two = (Rewind(**rewind) for rewind in result["rewinds"])
-    # Letters are in rows 100 to 120, from step 26 on (steps from 1): two bad steps, back to the last multiple of 4 before them, and
-    # on 3 steps and one later, in row 112. There are still two steps of letters, and behind them no more.
+    # Letters are in rows 100 to 120, from step 26 on (steps from 1): two bad steps, back to the last multiple of 4 before
+    # them, and on 3 steps and one later, in row 112. There are still two steps of letters, and behind them no more.
     assert (one.first_bad, one.found_at, one.back_to, one.skipped_rows) == (26, 27, 24, 16)
     assert (two.first_bad, two.found_at, two.back_to, two.skipped_rows) == (25, 26, 24, 28)
     assert one.value > 1.5 * one.limit and two.value > 1.5 * two.limit

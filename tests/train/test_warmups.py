@@ -60,7 +60,7 @@ def test_a_warm_up_is_as_long_as_is_said() -> None:
     batch = small(RAMPS["batch"]).stages(10.0)
     # 2 and 4 rows for ceil(7 / 2) steps each
     assert [(stage.first_step, stage.batch_size) for stage in batch.every] == [(0, 2), (4, 4), (8, 8)]
-    # 1, 2, 4 rows for n steps are 7 n rows of 12 tokens, 700 with n = ceil(8.33); 0.8 epochs are 64 rows, of which 27 steps take 63
+    # 1, 2, 4 rows for n steps: 7 n rows of 12 tokens are 700 with n = ceil(8.33); 0.8 epochs are 64 rows, 27 steps take 63
     both = small(RAMPS["both"]).stages(10.0)
     assert [(stage.first_step, stage.batch_size, stage.seq_len) for stage in both.every] == [
         (0, 1, 6), (9, 2, 6), (18, 4, 6), (27, 8, 6), (28, 8, 12)
