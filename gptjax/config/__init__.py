@@ -29,6 +29,7 @@ from gptjax.config.objective import ObjectiveConfig
 from gptjax.config.optimizer import OptimizerConfig
 from gptjax.config.run import CheckpointConfig, EvaluateConfig, MeshConfig, MetricsConfig, TrainConfig
 from gptjax.config.schema import Config
+from gptjax.config.stages import Stage, Stages
 
 __all__ = [
     "TYPE_NAMES",
@@ -59,4 +60,6 @@ __all__ = [
     "MetricsConfig",
     "TrainConfig",
     "Config",
+    "Stage",
+    "Stages",
 ]

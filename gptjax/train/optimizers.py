@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.config import Config, OptimizerConfig, UserError
+from gptjax.train import state_precision
 
 Schedule = Callable[[Any], Any]
 
@@ -27,8 +28,9 @@ class Lengths(NamedTuple):
     def of(cls, config: Config, steps_per_epoch: float) -> Lengths:
         total = config.duration("train", "duration", steps_per_epoch)
         warmup = config.duration("optimizer", "warmup", steps_per_epoch)
-        decay = config.duration("optimizer", "decay", steps_per_epoch, default=total)
         name = config.optimizer.schedule
+        until = total if name == "wsd" else None
+        decay = config.duration("optimizer", "decay", steps_per_epoch, default=total, until=until)
         if warmup > total:
             raise UserError(f"optimizer.warmup is {warmup} steps, longer than the run's {total}.")
         if name in ("cosine", "linear") and decay <= warmup < total:
@@ -226,7 +228,8 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Schedule, Any], optax.GradientT
 
 def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
     """Gradients, already averaged and clipped, to updates."""
-    return OPTIMIZERS[config.name](config, schedule, lambda params: decay_mask(config, params))
+    optimizer = OPTIMIZERS[config.name](config, schedule, lambda params: decay_mask(config, params))
+    return state_precision.in_dtype(optimizer, config.state_dtype)
 
 
 def evaluation_params(config: OptimizerConfig, state: Any) -> Any:
