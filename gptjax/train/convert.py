@@ -196,8 +196,8 @@ def export_model(
     huggingface.architecture_for(config.model)  # refuses before anything is restored
     if sees_later_tokens(config.objective):
         raise UserError(
-            f"{workdir} was trained with objective.name={config.objective.name}, whose tokens see later ones; the models of Hugging "
-            "Face that could hold its parameters see only earlier ones."
+            f"{workdir} was trained with objective.name={config.objective.name}, whose tokens see later ones; models of "
+            "Hugging Face that could hold its parameters see only earlier ones."
         )
     tokenizer = load_tokenizer(workdir / "tokenizer") if (workdir / "tokenizer").is_dir() else None
     trained = load_params(workdir, log, step, config)
