@@ -6,10 +6,19 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import linen as nn
 
 from gptjax import cli
-from gptjax.data.tokenizers import load_tokenizer
+from gptjax.config import UserError, from_dict
+from gptjax.data.reserved import reserve
+from gptjax.data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
+from gptjax.train import restore
+from gptjax.train.step import init_params
+from tests.small import random_params, small
 
 KNOBS = {
     "model.num_layers": 1,
@@ -49,11 +58,11 @@ def say(capsys: Any, *words: str) -> tuple[int, str, str]:
 def test_evaluate_names_the_objective_and_gives_the_runs_figures(workdir: pathlib.Path, capsys: Any) -> None:
     result = json.loads((workdir / "result.json").read_text())["eval"]
     assert "bits_per_byte" not in result
-    for rows in (3, 8):  # what is drawn is the row's, not the batch's
-        status, out, _ = say(capsys, "evaluate", f"--workdir={workdir}", "--json", f"--config.evaluate.batch_size={rows}")
-        figures = json.loads(out)
-        assert status == 0 and figures["objective"] == "mixture" and figures["tokens"] == result["tokens"]
-        assert figures["loss"] == pytest.approx(result["loss"], rel=1e-6)
+    # What is drawn is the row's, not the batch's.
+    status, out, _ = say(capsys, "evaluate", f"--workdir={workdir}", "--json", "--config.evaluate.batch_size=3")
+    figures = json.loads(out)
+    assert status == 0 and figures["objective"] == "mixture" and figures["tokens"] == result["tokens"]
+    assert figures["loss"] == pytest.approx(result["loss"], rel=1e-6)
     status, out, _ = say(capsys, "evaluate", f"--workdir={workdir}")
     assert status == 0 and out.startswith("step 3: mixture loss ") and "bits" not in out
 
@@ -76,5 +85,26 @@ def test_the_folder_knows_the_tokens_and_generate_what_to_do(workdir: pathlib.Pa
     assert status == 0 and all(token < tokenizer.vocab_size for token in json.loads(out)["samples"][0]["tokens"])
     status, _, err = say(capsys, "generate", f"--workdir={workdir}", "--prompt=the ", "--infill_suffix=fox")
     assert status == 2 and "no tokens for filling in" in err
-    status, _, err = say(capsys, "convert", f"--from={workdir}", f"--output={tmp_path / 'out'}", "--to=huggingface")
+    status, _, err = say(capsys, "convert", f"--workdir={workdir}", f"--output={tmp_path / 'out'}", "--to=huggingface")
     assert status == 2 and "objective.name=mixture, whose tokens see later ones" in err
+
+
+def test_a_model_of_text_alone_is_trained_on() -> None:
+    """Rows of its tokens are kept; those of the new objective's are added, to the embedding and to the head."""
+    objective = from_dict({"objective": {"name": "infill"}, "data": {"seq_len": 32}, "train": {"duration_steps": 1}}).objective
+    ours = reserve(ByteTokenizer(), objective, 32)
+    knobs = {"model__tied_embeddings": False, "objective__name": "infill", "model__num_layers": 1}
+    config, before = (small(model__vocab_size=size, **knobs) for size in (ours.vocab_size, 257))
+    params = random_params(before)
+    wanted = jax.eval_shape(lambda: nn.unbox(init_params(config, jnp.uint32(0))))
+    said: list[str] = []
+    restore._check_same_tokenizer(pathlib.Path("there"), ByteTokenizer(), ours, said.append)
+    grown = restore._with_new_tokens(config, params, wanted, said.append)
+    restore._check_fit(pathlib.Path("there"), grown, wanted)
+    assert said == ["4 tokens of objective.name=infill are new: their rows are random."] * 2
+    for whole, kept in ((grown["embed"]["tokens"], params["embed"]["tokens"]), (grown["head"].T, params["head"].T)):
+        np.testing.assert_array_equal(whole[:257], kept)
+        assert whole.shape[0] == 261 and jnp.abs(whole[257:]).min(1).max() > 0
+    np.testing.assert_array_equal(grown["final_norm"]["scale"], params["final_norm"]["scale"])
+    with pytest.raises(UserError, match="was trained with another tokenizer"):
+        restore._check_same_tokenizer(pathlib.Path("there"), CharTokenizer("abc"), ours, said.append)
