@@ -10,6 +10,9 @@ import numpy as np
 from flax import linen as nn
 
 from gptjax import config as c
+from gptjax.data.corruption import corruption_of
+from gptjax.data.reserved import reserve
+from gptjax.data.tokenizer_base import Tokenizer
 from gptjax.train.step import init_params
 
 SIZES = {
@@ -94,7 +97,57 @@ def random_batch(config: c.Config, seed: int = 0, rows: int | None = None) -> di
             documents.append(rng.integers(1, config.model.vocab_size, size).astype(np.int32))
             left -= size
         made.append(packed_row(documents, length))
-    return {name: np.concatenate([row[name] for row in made]) for name in made[0]}
+    batch = {name: np.concatenate([row[name] for row in made]) for name in made[0]}
+    return batch if config.objective.name == "causal" else as_shown(config, batch, seed)
+
+
+def as_shown(config: c.Config, batch: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+    """The rows as the objective shows them, its tokens being the last of the vocabulary. Documents are cut to what has room."""
+    text = Letters(config.model.vocab_size)
+    text.vocab_size -= reserve(text, config.objective, config.data.seq_len).vocab_size - text.vocab_size
+    assert text.vocab_size > 1, f"model.vocab_size={config.model.vocab_size} leaves no room for the objective's tokens"
+    corruption = corruption_of(config, reserve(text, config.objective, config.data.seq_len))
+    assert corruption is not None
+    rows, left = [], np.full(len(batch["tokens"]), corruption.capacity)
+    for row, segments in enumerate(batch["segment_ids"]):
+        documents = []
+        for number in np.unique(segments[segments > 0]):
+            document = batch["tokens"][row][segments == number] % text.vocab_size
+            fits = np.flatnonzero(corruption.grown[: len(document) + 1] <= left[row])
+            if len(fits) and fits[-1] >= 2:
+                documents.append(document[: fits[-1]])
+                left[row] -= corruption.grown[fits[-1]]
+        rows.append(packed_row(documents, corruption.capacity))
+    whole = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    return corruption.train(whole, seed, np.arange(len(rows)))
+
+
+class Letters(Tokenizer):
+    """Some ids without a text that could be read: what corruption needs of a tokenizer."""
+
+    kind = "letters"
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def decode(self, ids: Any) -> str:
+        raise NotImplementedError
+
+    def token_bytes(self) -> np.ndarray:
+        return np.ones(self.vocab_size, np.int32)
+
+    def vocabulary(self) -> list[bytes | None]:
+        return [bytes([number]) for number in range(self.vocab_size)]
+
+    def files(self) -> dict[str, bytes]:
+        return {}
+
+    @classmethod
+    def from_files(cls, files: Any) -> Letters:
+        raise NotImplementedError
 
 
 def tree_close(a: Any, b: Any, rtol: float, atol: float) -> None:

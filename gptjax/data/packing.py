@@ -19,7 +19,7 @@ class Rows:
     capacity: int
     row_offsets: np.ndarray  # int64 [R + 1]
     piece_starts: np.ndarray  # int64 [P], index of the piece's first token in the split's tokens
-    piece_lengths: np.ndarray  # int64 [P], tokens, at least 2
+    piece_lengths: np.ndarray  # int64 [P], tokens, at least 2 where pieces overlap
     piece_documents: np.ndarray  # int64 [P]
 
     def __len__(self) -> int:
@@ -62,11 +62,17 @@ def _ranges(begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.arange(len(which)) + (begins - (np.cumsum(lengths) - lengths))[which], which
 
 
-def pack(offsets: np.ndarray, seq_len: int) -> Rows:
-    """Rows of the documents whose tokens lie between successive `offsets` (int64 [documents + 1]). Deterministic."""
-    capacity = seq_len + 1
-    starts, lengths, documents = cut(offsets, seq_len)
-    row_of = best_fit(lengths, capacity)
+def pack(
+    offsets: np.ndarray, seq_len: int, *, overlap: int = 1, capacity: int | None = None, sizes: np.ndarray | None = None
+) -> Rows:
+    """Rows of the documents whose tokens lie between successive `offsets` (int64 [documents + 1]). Deterministic.
+
+    `overlap`: tokens that successive pieces of a document share, of `seq_len` more each. `sizes`: the room that a piece of n
+    tokens takes in a row of `capacity`, by n; None: n, and rows as long as the longest piece.
+    """
+    capacity = capacity or seq_len + overlap
+    starts, lengths, documents = cut(offsets, seq_len, overlap)
+    row_of = best_fit(lengths if sizes is None else sizes[lengths], capacity)
     # Rows in the order of their first piece, so that without shuffling a run reads the text from front to back.
     count = int(row_of.max()) + 1 if len(row_of) else 0
     first = np.full(count, len(row_of))
@@ -79,17 +85,17 @@ def pack(offsets: np.ndarray, seq_len: int) -> Rows:
     return Rows(capacity, row_offsets, starts[order], lengths[order], documents[order])
 
 
-def cut(offsets: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """int64 start, length and document of the pieces, each of at most `seq_len + 1` tokens.
+def cut(offsets: np.ndarray, seq_len: int, overlap: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int64 start, length and document of the pieces, each of at most `seq_len + overlap` tokens.
 
-    A document of n tokens has n - 1 to predict; a document of one token has none, and no piece.
+    A document of n tokens has n - overlap to predict; a document that has none has no piece.
     """
-    predicted = np.maximum(np.diff(offsets) - 1, 0)
+    predicted = np.maximum(np.diff(offsets) - overlap, 0)
     counts = -(-predicted // seq_len)
     documents = np.repeat(np.arange(len(counts)), counts)
     number = np.arange(len(documents)) - (np.cumsum(counts) - counts)[documents]
     starts = offsets[:-1][documents] + number * seq_len
-    lengths = np.minimum(seq_len, predicted[documents] - number * seq_len) + 1
+    lengths = np.minimum(seq_len, predicted[documents] - number * seq_len) + overlap
     return starts.astype(np.int64), lengths.astype(np.int64), documents.astype(np.int64)
 
 

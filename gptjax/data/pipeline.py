@@ -32,9 +32,11 @@ import numpy as np
 from gptjax.config import Config, DataConfig, UserError, mixture_sources, mixture_weights
 from gptjax.data import cache
 from gptjax.data.cleaning import Cleaned
+from gptjax.data.corruption import Corruption, corruption_of
 from gptjax.data.mixture import Shares
 from gptjax.data.packing import Rows, pack, shortened
 from gptjax.data.recall import Deferred, read_or_recall
+from gptjax.data.reserved import reserve
 from gptjax.data.sources import Joined, Source
 from gptjax.data.tokenizers import CharTokenizer, SentencePieceTokenizer, Tokenizer, make_tokenizer, train_sentencepiece
 
@@ -53,6 +55,7 @@ class Split:
     names: list[str]
     text_bytes: int
     rows: Rows | None
+    corruption: Corruption | None = None  # how the objective shows rows; None: as they are
     source: str = ""  # its name in a mixture
 
     @property
@@ -79,10 +82,19 @@ class Dataset:
     train: Split | Mixture
     eval: Split | dict[str, Split]
     report: dict[str, Any]
+    text_tokenizer: Tokenizer  # without what the objective's tokens added to it
 
 
-def load_dataset(config: Config, log: Callable[[str], Any] = print, cache_dir: pathlib.Path | None = None) -> Dataset:
-    """Opens, cleans, tokenizes (or finds in the cache) and packs the source, or each of a mixture. Raises `UserError`."""
+def load_dataset(
+    config: Config,
+    log: Callable[[str], Any] = print,
+    cache_dir: pathlib.Path | None = None,
+    own: Tokenizer | None = None,
+) -> Dataset:
+    """Opens, cleans, tokenizes (or finds in the cache) and packs the source, or each of a mixture. Raises `UserError`.
+
+    `own`: the tokenizer of a trained model, whose ids stand for the objective's tokens; None: those that are missing get new ids.
+    """
     began = time.perf_counter()
     cache_dir = cache_dir or cache.default_cache_dir()
     sources = mixture_sources(config.data) or {"": config.data}
@@ -92,12 +104,15 @@ def load_dataset(config: Config, log: Callable[[str], Any] = print, cache_dir: p
         with _naming(name):
             cleaned[name], unread[name] = read_or_recall(knobs, cache_dir)
     tokenizer = _tokenizer(config, list(cleaned.values()), cache_dir, log)
+    text, tokenizer = tokenizer, own or reserve(tokenizer, config.objective, config.data.seq_len)
+    corruption = corruption_of(config, tokenizer)
     splits: dict[str, dict[str, Split]] = {}
     reports: dict[str, dict[str, Any]] = {}
     for name, documents in cleaned.items():
         with _naming(name):
-            splits[name], reports[name] = _load_source(config, name, documents, tokenizer, cache_dir)
+            splits[name], reports[name] = _load_source(config, name, documents, text, corruption, cache_dir)
         reports[name]["files_unread"] = unread[name]
+        reports[name]["vocab_size"] = tokenizer.vocab_size
         _log(name, sources[name], splits[name].values(), reports[name], log)
     train = {name: of_source["train"] for name, of_source in splits.items()}
     held_out = {name: of_source["eval"] for name, of_source in splits.items()}
@@ -105,8 +120,8 @@ def load_dataset(config: Config, log: Callable[[str], Any] = print, cache_dir: p
     where = "found in" if all(report["from_cache"] for report in reports.values()) else "written to"
     log(f"data: {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,} ids; {where} the cache, {seconds['seconds']:.1f} s.")
     if not config.data.mixture:
-        return Dataset(tokenizer, train[""], held_out[""], reports[""] | seconds)
-    return Dataset(tokenizer, Mixture(train, _shares(config, train)), held_out, _add_up(reports) | seconds)
+        return Dataset(tokenizer, train[""], held_out[""], reports[""] | seconds, text)
+    return Dataset(tokenizer, Mixture(train, _shares(config, train)), held_out, _add_up(reports) | seconds, text)
 
 
 @contextlib.contextmanager
@@ -119,7 +134,7 @@ def _naming(source: str) -> Iterator[None]:
 
 
 def _load_source(
-    config: Config, name: str, cleaned: Cleaned, tokenizer: Tokenizer, cache_dir: pathlib.Path
+    config: Config, name: str, cleaned: Cleaned, tokenizer: Tokenizer, corruption: Corruption | None, cache_dir: pathlib.Path
 ) -> tuple[dict[str, Split], dict[str, Any]]:
     """The splits of one source, and what there is to say of them."""
     around = _delimiters(config, tokenizer)
@@ -128,7 +143,7 @@ def _load_source(
     was_cached = tokens is not None
     if tokens is None:
         tokens = cache.write_entry(entry, cleaned.splits, tokenizer, around)
-    splits = {split: _split(config, split, part, name) for split, part in tokens.items()}
+    splits = {split: _split(config, split, part, corruption, name) for split, part in tokens.items()}
     return splits, _report(splits, tokenizer, cleaned.report) | {"cache": str(entry), "from_cache": was_cached}
 
 
@@ -181,16 +196,31 @@ def _delimiters(config: Config, tokenizer: Tokenizer) -> cache.Delimiters:
     return cache.Delimiters(bos, eos)
 
 
-def _split(config: Config, name: str, part: cache.Tokens, source: str = "") -> Split:
+def _split(config: Config, name: str, part: cache.Tokens, corruption: Corruption | None, source: str = "") -> Split:
     data = config.data
-    rows = pack(part.offsets, data.seq_len) if data.packing == "packed" else None
-    split = Split(name, part.tokens, part.offsets, part.names, part.text_bytes, rows, source)
+    rows = _packed(part.offsets, data.seq_len, corruption) if data.packing == "packed" else None
+    split = Split(name, part.tokens, part.offsets, part.names, part.text_bytes, rows, corruption, source)
     if rows is not None and not len(rows):
         raise UserError(f"the {name} split has {split.num_tokens} tokens and none to predict: no document has two tokens.")
-    enough = data.seq_len + 1 if name == "train" else 2
+    stride, width = _window(config, split)
+    enough = width if name == "train" else 1 + width - stride
     if rows is None and split.num_tokens < enough:
         raise UserError(f"the {name} split has {split.num_tokens} tokens, but data.packing=windows needs at least {enough}.")
     return split
+
+
+def _packed(offsets: np.ndarray, seq_len: int, corruption: Corruption | None) -> Rows:
+    if corruption is None:
+        return pack(offsets, seq_len)
+    o = corruption
+    return pack(offsets, o.stride, overlap=o.overlap, capacity=o.capacity, sizes=o.grown)
+
+
+def _window(config: Config, split: Split) -> tuple[int, int]:
+    """(tokens from one window to the next, tokens in a window)."""
+    if split.corruption is None:
+        return config.data.seq_len, config.data.seq_len + 1
+    return split.corruption.stride, split.corruption.longest
 
 
 def _report(splits: dict[str, Split], tokenizer: Tokenizer, dropped: dict[str, int]) -> dict[str, Any]:
@@ -270,10 +300,11 @@ def mixture_figures(config: Config, split: Split | Mixture, num_rows: int) -> di
 
 
 def _rows_per_epoch(config: Config, split: Split) -> int:
-    """Packed rows; for windows, as many as fit behind any phase below seq_len."""
+    """Packed rows; for windows, as many as fit behind any phase below a window's stride."""
     if split.rows is not None:
         return len(split.rows)
-    return max(1, (split.num_tokens - config.data.seq_len) // config.data.seq_len)
+    stride, _ = _window(config, split)
+    return max(1, (split.num_tokens - stride) // stride)
 
 
 def train_batches(
@@ -284,7 +315,7 @@ def train_batches(
     over before `start_step`.
 
     int32 [rows, seq_len + 1] `tokens`, `segment_ids` (1, 2, ... within a row, 0 for padding) and `positions` (from 0 in each
-    segment). Reads `data.prefetch` batches ahead.
+    segment), and what the objective adds (corruption.py). Reads `data.prefetch` batches ahead.
     """
     import grain
 
@@ -314,13 +345,15 @@ def _share(batch_size: int, share: np.ndarray | None) -> np.ndarray:
 
 def _train_batch(config: Config, split: Split | Mixture, numbers: np.ndarray) -> Batch:
     """Those rows (ascending) of the infinite sequence."""
-    if isinstance(split, Split):
-        return _rows(config, split, numbers)
     batch: Batch = {}
-    for one, where, places in _by_source(split, numbers):
-        for name, rows in _rows(config, one, places).items():
-            batch.setdefault(name, np.empty((len(numbers), *rows.shape[1:]), rows.dtype))[where] = rows
-    return batch
+    if isinstance(split, Split):
+        batch, corruption = _rows(config, split, numbers), split.corruption
+    else:
+        corruption = next(iter(split.splits.values())).corruption
+        for one, where, places in _by_source(split, numbers):
+            for name, rows in _rows(config, one, places).items():
+                batch.setdefault(name, np.empty((len(numbers), *rows.shape[1:]), rows.dtype))[where] = rows
+    return batch if corruption is None else corruption.train(batch, config.train.seed, numbers)
 
 
 def _by_source(mixture: Mixture, numbers: np.ndarray) -> Iterator[tuple[Split, np.ndarray, np.ndarray]]:
@@ -337,7 +370,7 @@ def _rows(config: Config, split: Split, numbers: np.ndarray) -> Batch:
     epochs, rows = _epoch_rows(config, split, numbers)
     if split.rows is not None:
         return split.rows.batch(split.tokens, rows)
-    return _windows(split, _window_starts(config, split, epochs, rows), config.data.seq_len)
+    return _windows(split, _window_starts(config, split, epochs, rows), _window(config, split)[1])
 
 
 def batch_documents(config: Config, split: Split | Mixture, step: int, skipped_rows: int = 0) -> list[str]:
@@ -358,7 +391,9 @@ def _documents(config: Config, split: Split, numbers: np.ndarray) -> list[str]:
         found = split.rows.documents(rows)
     else:
         starts = _window_starts(config, split, epochs, rows)
-        first, last = (np.searchsorted(split.offsets, at, side="right") - 1 for at in (starts, starts + config.data.seq_len))
+        first, last = (
+            np.searchsorted(split.offsets, at, side="right") - 1 for at in (starts, starts + _window(config, split)[1] - 1)
+        )
         found = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]))
     return [split.names[index] for index in found]
 
@@ -406,20 +441,21 @@ def _philox(seed: int, purpose: int, epoch: int, source: str = "") -> np.random.
 
 
 def _window_starts(config: Config, split: Split, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """int64 first tokens: row r of an epoch begins r * seq_len tokens behind the epoch's phase."""
-    seq_len = config.data.seq_len
+    """int64 first tokens: row r of an epoch begins r strides behind the epoch's phase."""
+    stride, width = _window(config, split)
     phases = np.zeros_like(epochs)
-    room = split.num_tokens - _rows_per_epoch(config, split) * seq_len  # phases that leave every window whole
+    # phases that leave every window whole
+    room = split.num_tokens - _rows_per_epoch(config, split) * stride - (width - stride) + 1
     if config.data.shuffle:
         for epoch in np.unique(epochs):
             raw = _philox(config.train.seed, _PHASE, int(epoch), split.source).random_raw()
-            phases[epochs == epoch] = int(raw) % room  # the remainder's bias is below 2 * seq_len / 2**64
-    return phases + rows * seq_len
+            phases[epochs == epoch] = int(raw) % room  # the remainder's bias is below 2 * stride / 2**64
+    return phases + rows * stride
 
 
-def _windows(split: Split, starts: np.ndarray, seq_len: int) -> Batch:
-    """Windows of `seq_len` + 1 tokens; past the split's end, and for a start of -1, padding."""
-    positions = np.arange(seq_len + 1, dtype=np.int32)
+def _windows(split: Split, starts: np.ndarray, width: int) -> Batch:
+    """Windows of `width` tokens; past the split's end, and for a start of -1, padding."""
+    positions = np.arange(width, dtype=np.int32)
     places = starts[:, None] + positions
     real = ((places < split.num_tokens) & (starts[:, None] >= 0)).astype(np.int32)
     return {"tokens": split.tokens[places * real].astype(np.int32) * real, "segment_ids": real, "positions": positions * real}
@@ -435,7 +471,10 @@ def num_eval_batches(config: Config, split: Split, batch_size: int) -> int:
 
 def _eval_rows(config: Config, split: Split) -> int:
     """Rows that predict the whole split; the last window may be short."""
-    return len(split.rows) if split.rows is not None else math.ceil((split.num_tokens - 1) / config.data.seq_len)
+    if split.rows is not None:
+        return len(split.rows)
+    stride, width = _window(config, split)
+    return math.ceil((split.num_tokens - (width - stride)) / stride)
 
 
 def eval_batches(config: Config, split: Split, batch_size: int, share: np.ndarray | None = None) -> Iterator[Batch]:
@@ -449,7 +488,8 @@ def eval_batches(config: Config, split: Split, batch_size: int, share: np.ndarra
         numbers = batch * batch_size + share
         numbers = np.where(numbers < rows, numbers, -1)
         if split.rows is not None:
-            yield split.rows.batch(split.tokens, numbers)
+            found = split.rows.batch(split.tokens, numbers)
         else:
-            starts = np.where(numbers >= 0, numbers * config.data.seq_len, -1)
-            yield _windows(split, starts, config.data.seq_len)
+            stride, width = _window(config, split)
+            found = _windows(split, np.where(numbers >= 0, numbers * stride, -1), width)
+        yield found if split.corruption is None else split.corruption.evaluation(found, numbers)

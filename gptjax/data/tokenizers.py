@@ -12,6 +12,7 @@ import numpy as np
 from gptjax.config import DataConfig, UserError
 from gptjax.data.byte_pairs import BytePairEncoder, piece_bytes
 from gptjax.data.huggingface_tokenizer import HuggingFaceTokenizer
+from gptjax.data.reserved import ReservedTokenizer
 from gptjax.data.sources import Source, documents, nearest
 from gptjax.data.special_tokens import SpecialTokens, is_side_file, side_files
 from gptjax.data.tokenizer_base import (
@@ -47,7 +48,11 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     try:
         descriptor = json.loads((directory / DESCRIPTOR).read_bytes())
         files = {name: (directory / name).read_bytes() for name in descriptor["files"]}
-        tokenizer = TOKENIZERS[descriptor["kind"]].from_files(files)
+        kinds: dict[str, type[Tokenizer]] = {
+            **TOKENIZERS,
+            ReservedTokenizer.kind: ReservedTokenizer,
+        }  # the latter no config asks for by name
+        tokenizer = kinds[descriptor["kind"]].from_files(files)
         intact = tokenizer.fingerprint == descriptor["fingerprint"]
     except FileNotFoundError as error:
         raise UserError(f"there is no tokenizer in {directory}: {error.filename} is missing.") from None

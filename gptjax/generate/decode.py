@@ -73,6 +73,7 @@ class _Request:
     listener: Any  # number of the function in listening.py that hears each step
     names: tuple[str, ...] = struct.field(pytree_node=False)
     heard: bool = struct.field(pytree_node=False)  # whether there is one
+    prefix: bool = struct.field(pytree_node=False, default=False)  # whether a prompt's tokens see each other both ways
 
 
 @struct.dataclass
@@ -108,6 +109,7 @@ def generate_tokens(
     samples: Sequence[int] | None = None,
     guides: tuple[Guide, ...] = (),
     on_tokens: OnTokens | None = None,
+    prefix: bool = False,
 ) -> Generated:
     """Continues each prompt by up to `settings.max_new_tokens` tokens, or until it draws one of `eos_ids`.
 
@@ -119,6 +121,8 @@ def generate_tokens(
 
     `params` may be the model's own or what `weights.prepare` made of them; the former are prepared at each call, which takes a
     second dispatch and a copy of all weights.
+
+    `prefix`: the tokens of a prompt see each other both ways, as those of a prefix LM.
 
     `on_tokens` is called after every step, in order, while the one compiled call runs (of several processes, in the first). What
     it raises ends the call and is raised here, and so does a KeyboardInterrupt.
@@ -152,6 +156,7 @@ def generate_tokens(
         listener=np.int32(0),
         names=names,
         heard=on_tokens is not None,
+        prefix=prefix,
     )
     # Nothing is differentiated here; knobs of the backward pass must not ask for another compilation.
     config = dataclasses.replace(config, remat="none", attention="auto")
@@ -202,7 +207,8 @@ def compiled_generate(
     """
     batch, width = request.prompts_BP.shape
     cache = Cache.empty(config, batch, min(width + room, config.max_seq_len))
-    logits_BV, cache = forward.prefill(params, config, request.prompts_BP, request.lengths_B, cache)
+    prefix_B = request.lengths_B if request.prefix else None
+    logits_BV, cache = forward.prefill(params, config, request.prompts_BP, request.lengths_B, cache, prefix_B)
     rows = _Rows(
         tokens_BW=jnp.pad(request.prompts_BP, ((0, 0), (0, room))),
         lengths_B=request.lengths_B,
@@ -221,7 +227,7 @@ def compiled_generate(
         return (rows.drawn < request.max_new_tokens) & ~(rows.stopped_B | rows.guided_B).all() & rows.go_on
 
     def body(rows: _Rows) -> _Rows:
-        return _append(request, *_advance(params, config, rows))
+        return _append(request, *_advance(params, config, rows, prefix_B))
 
     rows = jax.lax.while_loop(unfinished, body, rows)
     return rows.tokens_BW, rows.lengths_B, rows.stopped_B, rows.guided_B, rows.log_probs_BR
@@ -288,8 +294,8 @@ def _draw(
     return jax.lax.fori_loop(0, request.rows, draw_row, none)
 
 
-def _advance(params: Any, config: ModelConfig, rows: _Rows) -> tuple[_Rows, jax.Array]:
-    """Feeds each row's last token; (rows, logits [B, V] of the token after it)."""
+def _advance(params: Any, config: ModelConfig, rows: _Rows, prefix_B: jax.Array | None) -> tuple[_Rows, jax.Array]:
+    """Feeds each row's last token; (rows, logits [B, V] of the token after it). `prefix_B`: first tokens that see each other."""
     context = config.max_seq_len
     last_B = rows.lengths_B - 1
     positions_B = last_B - rows.starts_B
@@ -300,18 +306,21 @@ def _advance(params: Any, config: ModelConfig, rows: _Rows) -> tuple[_Rows, jax.
     if rows.tokens_BW.shape[1] <= context:  # no row can get there
         return rows, logits_BV
     full_B = (positions_B >= context) & ~(rows.stopped_B | rows.guided_B)
-    refill = functools.partial(_refill, params, config)
+    refill = functools.partial(_refill, params, config, prefix_B)
     return jax.lax.cond(full_B.any(), refill, lambda rows, logits_BV, full_B: (rows, logits_BV), rows, logits_BV, full_B)
 
 
-def _refill(params: Any, config: ModelConfig, rows: _Rows, logits_BV: jax.Array, full_B: jax.Array) -> tuple[_Rows, jax.Array]:
+def _refill(
+    params: Any, config: ModelConfig, prefix_B: jax.Array | None, rows: _Rows, logits_BV: jax.Array, full_B: jax.Array
+) -> tuple[_Rows, jax.Array]:
     """Begins a new window in the rows of `full_B`; the others keep their state and their logits."""
     batch = full_B.shape[0]
     window = max(1, config.max_seq_len // 2)
     starts_B = jnp.maximum(rows.lengths_B - window, 0)
     positions_BT = jnp.broadcast_to(jnp.arange(window), (batch, window))
     tokens_BT = jnp.take_along_axis(rows.tokens_BW, starts_B[:, None] + positions_BT, axis=1)
-    new_logits_BV, new_cache = forward.prefill(params, config, tokens_BT, jnp.full(batch, window), rows.cache)
+    given_B = None if prefix_B is None else jnp.maximum(prefix_B - starts_B, 0)  # what is left of the prompt
+    new_logits_BV, new_cache = forward.prefill(params, config, tokens_BT, jnp.full(batch, window), rows.cache, given_B)
     cache = jax.tree.map(lambda new, old: jnp.where(full_B[:, None, None, None], new, old), new_cache, rows.cache)
     rows = dataclasses.replace(rows, starts_B=jnp.where(full_B, starts_B, rows.starts_B), cache=cache)
     return rows, jnp.where(full_B[:, None], new_logits_BV, logits_BV)

@@ -20,11 +20,15 @@ from gptjax.parallel.sharding import mesh_config, use_rules
 
 
 def prefill(
-    params: Any, config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache
+    params: Any, config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache, prefix_B: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
-    """(logits [B, V] in float32 of the token after each row's first `lengths_B`, the cache with positions 0 .. T - 1 written)."""
+    """(logits [B, V] in float32 of the token after each row's first `lengths_B`, the cache with positions 0 .. T - 1 written).
+
+    `prefix_B`: so many first tokens of a row see each other both ways; None: none.
+    """
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    hidden_BTD, cache = hidden(params, config, tokens_BT, positions_BT, cache)
+    prefix_BT = None if prefix_B is None else positions_BT < prefix_B[:, None]
+    hidden_BTD, cache = hidden(params, config, tokens_BT, positions_BT, cache, prefix_BT)
     hidden_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
     return logits(params, config, hidden_B1D)[:, 0], cache
 
@@ -44,17 +48,28 @@ def several(
 
 
 def hidden(
-    params: Any, config: ModelConfig, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache
+    params: Any,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    cache: Cache,
+    prefix_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """(normed output of the last block [B, T, D], the cache with the tokens written)."""
+    """(normed output of the last block [B, T, D], the cache with the tokens written); `prefix_BT` as the decoder has it."""
     rows = tokens_BT.shape[0]
     if rows < cache.rows:  # the cache has what the mesh divides
-        tokens_BT, positions_BT = (jnp.pad(x_BT, ((0, cache.rows - rows), (0, 0))) for x_BT in (tokens_BT, positions_BT))
+        given = (tokens_BT, positions_BT, prefix_BT)
+        tokens_BT, positions_BT, prefix_BT = jax.tree.map(lambda x_BT: jnp.pad(x_BT, ((0, cache.rows - rows), (0, 0))), given)
     # A token has no length to share out: axis `context` repeats the others' work.
     whole_length = dataclasses.replace(mesh_config(), rules=(*mesh_config().rules, "length="))
     with primitives.fixed_order(), use_rules(whole_length):
         found: Any = decoder.Decoder(config).apply(
-            {"params": weights.prepare(params, config)}, tokens_BT, positions_BT, cache=cache, method=decoder.Decoder.hidden
+            {"params": weights.prepare(params, config)},
+            tokens_BT,
+            positions_BT,
+            prefix_BT=prefix_BT,
+            cache=cache,
+            method=decoder.Decoder.hidden,
         )
     return found[0][:rows], found[1]
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptjax.config import UserError
+from gptjax.data.reserved import GAP_SPELLINGS, find_gap
 from gptjax.data.tokenizers import Tokenizer
 
 ORDERS = ("psm", "spm")
@@ -30,25 +31,12 @@ class Sentinels:
     end: int | None = None
 
 
-# How the tokens are spelt, family by family: prefix, suffix, middle, end of the middle.
-_SPELLINGS: tuple[tuple[str, str, str, str | None], ...] = (
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", None),
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", None),
-    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>", None),
-    ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"),
-    ("<PRE>", "<SUF>", "<MID>", "<EOT>"),
-    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", None),
-)
-
-
 def find_sentinels(tokenizer: Tokenizer) -> Sentinels:
     """The tokenizer's own, by their usual names. Raises `UserError` where it has none."""
-    for *names, end in _SPELLINGS:
-        ids = [tokenizer.token_id(name) for name in names]
-        if None not in ids:
-            prefix, suffix, middle = (i for i in ids if i is not None)
-            return Sentinels(prefix, suffix, middle, tokenizer.token_id(end) if end else None)
-    tried = ", ".join(prefix for prefix, *_ in _SPELLINGS)
+    found = find_gap(tokenizer)
+    if found is not None:
+        return Sentinels(*found)
+    tried = ", ".join(prefix for prefix, *_ in GAP_SPELLINGS)
     raise UserError(
         f"the tokenizer has no tokens for filling in (none of {tried} and their fellows), "
         "so its model was not trained to; give a model that was."

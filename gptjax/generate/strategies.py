@@ -73,16 +73,22 @@ def generate(
     guides: tuple[Any, ...] = (),
     on_tokens: Any = None,
     draft: Draft | None = None,
+    prefix: bool = False,
 ) -> Generated:
     """`settings.num_return_sequences` continuations of each prompt, prompt by prompt, by the strategy of the settings.
 
     `samples`: one number a row that is returned, by which rows of one prompt differ (None: 0, 1, ... for each prompt); beam
     search takes that of a prompt's first row. `guides` and `on_tokens`: rows are those that are returned, in their order.
-    `draft`: (parameters, config) of a smaller model of the same vocabulary. The other arguments as decode.generate_tokens has
+    `draft`: (parameters, config) of a smaller model of the same vocabulary. `prefix`: a prompt's tokens see each other both ways;
+    raises `UserError` for a strategy that does not show them so. The other arguments as decode.generate_tokens has
     them. Beam search returns `beam.Searched`, speculative decoding `speculative.Speculated`.
     """
     name = choose(settings, draft)
     strategy, each = STRATEGIES[name], settings.num_return_sequences
+    if prefix and name != "decoding":
+        raise UserError(
+            f"{name} does not show a prompt both ways, as the model's objective.name wants it; sample, or decode greedily."
+        )
     if samples is None:
         samples = list(range(each)) * len(prompts)
     if len(samples) != each * len(prompts):
@@ -103,4 +109,5 @@ def generate(
         guides=guides,
         on_tokens=on_tokens,
         **({"draft": draft} if name == "speculative decoding" else {}),
+        **({"prefix": True} if prefix else {}),
     )

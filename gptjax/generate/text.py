@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gptjax.config import Config, UserError
+from gptjax.config.objective import writing_part, writing_refusal
 from gptjax.data.tokenizer_base import refuse_half_characters
 from gptjax.generate import strategies
 from gptjax.generate.automata import TokenAutomaton, regex_automaton, schema_automaton
@@ -132,15 +133,20 @@ def generate_text(
     texts: Sequence[str | None] | None = None,
     language: TokenAutomaton | None = None,
     draft: Draft | None = None,
+    both_ways: bool | None = None,
 ) -> list[Completion]:
     """`settings.num_return_sequences` continuations of each prompt, prompt by prompt, drawn in one compiled call.
 
     A prompt begins with the begin-of-text token where `data.add_bos` is set and the tokenizer has one, as training documents do;
     one that is given as ids is taken as it is, and `texts` may tell how it reads. Sample i of a prompt is the same whatever other
     prompts and however many samples are asked for. `on_text` hears each completion's text as it is settled.
-    `language`: what the texts are held to (automata.py); `draft`: a smaller model for speculative decoding.
-    Raises `UserError` for a prompt that is too long, no text or, without a begin-of-text token, empty.
+    `language`: what the texts are held to (automata.py); `draft`: a smaller model for speculative decoding; `both_ways`: whether
+    the tokens of a prompt see each other both ways (None: as the model learnt to go on with a text).
+    Raises `UserError` for a prompt that is too long, no text or, without a begin-of-text token, empty, and for a model whose
+    objective does not go on with texts.
     """
+    if both_ways is None and (refusal := writing_refusal(config.objective)):
+        raise UserError(refusal)
     ids = [prompt_ids(config, tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     read = [text if text is not None else prompt for text, prompt in zip(texts or [None] * len(ids), prompts, strict=True)]
     shown = [text if isinstance(text, str) else tokenizer.decode(text) for text in read]
@@ -150,7 +156,7 @@ def generate_text(
     hear = functools.partial(_show, streams, eos_ids, on_text) if on_text else None
     mesh = make_mesh(config.mesh)
     with laid_over(mesh, config.mesh) if mesh.size > 1 else contextlib.nullcontext():
-        generated = _draw(params, config, tokenizer, ids, settings, seed, hear, speed, language, draft)
+        generated = _draw(params, config, tokenizer, ids, settings, seed, hear, speed, language, draft, both_ways)
     completions = []
     for i, (stream, new, stopped) in enumerate(zip(streams, generated.tokens, generated.stopped, strict=True)):
         body = new[:-1] if stopped else new
@@ -176,6 +182,7 @@ def _draw(
     speed: Speed | None,
     language: TokenAutomaton | None,
     draft: Draft | None,
+    both_ways: bool | None,
 ) -> Generated:
     """The one call that draws all tokens, by the strategy of the settings."""
     options: dict[str, Any] = {
@@ -184,6 +191,7 @@ def _draw(
         "eos_ids": settings.eos_ids(tokenizer.eos_id),
         "vocab_size": tokenizer.vocab_size,
         "draft": draft,
+        "prefix": is_prefix(config) if both_ways is None else both_ways,
     }
     name = strategies.choose(settings, draft)
     if not strategies.STRATEGIES[name].by_step:  # its texts come whole, and are cut at stop strings when they are there
@@ -219,6 +227,19 @@ def _show(streams: list[TextStream], eos_ids: Sequence[int], on_text: OnText, to
             on_text(i, text)
 
 
+def is_prefix(config: Config) -> bool:
+    """Whether the tokens of a prompt see each other both ways."""
+    part = writing_part(config.objective)
+    return part is not None and part.method == "prefix"
+
+
+def _after_paradigm(config: Config, tokenizer: Any, ids: np.ndarray) -> np.ndarray:
+    """Behind the token that told the model in training to go on with a text, where it has one."""
+    part = writing_part(config.objective)
+    number = tokenizer.token_id(part.token) if part is not None and part.token else None
+    return ids if number is None else np.concatenate([np.array([number], np.int32), ids])
+
+
 def prompt_ids(config: Config, tokenizer: Any, prompt: Prompt, chat_template: str | None = None) -> np.ndarray:
     """int32 ids of a prompt. Raises `UserError` where it is empty, too long, no text, or a conversation without a template."""
     if isinstance(prompt, str):
@@ -226,6 +247,7 @@ def prompt_ids(config: Config, tokenizer: Any, prompt: Prompt, chat_template: st
         ids = np.asarray(tokenizer.encode(prompt), np.int32)
         if config.data.add_bos and tokenizer.bos_id is not None:
             ids = np.concatenate([np.array([tokenizer.bos_id], np.int32), ids])
+        ids = _after_paradigm(config, tokenizer, ids)
     elif len(prompt) and isinstance(prompt[0], Mapping):
         ids = ChatTemplate.of(tokenizer, chat_template).encode(prompt, config.data.add_bos)  # type: ignore[arg-type]
     else:

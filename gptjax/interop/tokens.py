@@ -8,6 +8,8 @@ import struct
 from collections.abc import Sequence
 
 from gptjax.config import UserError
+from gptjax.data.reserved import ReservedTokenizer
+from gptjax.data.special_tokens import CONFIG
 from gptjax.data.tokenizers import (
     Gpt2Tokenizer,
     HuggingFaceTokenizer,
@@ -39,6 +41,11 @@ def from_path(path: pathlib.Path) -> tuple[Tokenizer | None, str]:
 
 def to_folder(folder: pathlib.Path, tokenizer: Tokenizer) -> list[str]:
     """Writes the tokenizer for transformers, where it can be expressed; what is to be said where it cannot."""
+    if isinstance(tokenizer, ReservedTokenizer):
+        notes = to_folder(folder, tokenizer.base)
+        if (folder / CONFIG).is_file():
+            _add_special(folder / CONFIG, tokenizer)
+        return notes
     if isinstance(tokenizer, HuggingFaceTokenizer):
         _write(folder, tokenizer.files())
         if "tokenizer_config.json" not in tokenizer.files():
@@ -54,6 +61,15 @@ def to_folder(folder: pathlib.Path, tokenizer: Tokenizer) -> list[str]:
     else:
         return [f"the run's {tokenizer.kind} tokenizer has no form in Hugging Face's files, so the folder has none."]
     return []
+
+
+def _add_special(path: pathlib.Path, tokenizer: ReservedTokenizer) -> None:
+    """Tokens that an objective added, in the file that transformers adds tokens from."""
+    values = json.loads(path.read_bytes())
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False) | {"special": True}
+    added = {str(tokenizer.token_id(name)): {"content": name, **flags} for name in tokenizer.names}
+    values["added_tokens_decoder"] = {**values.get("added_tokens_decoder", {}), **added}
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _write(folder: pathlib.Path, files: dict[str, bytes]) -> None:

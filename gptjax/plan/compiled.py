@@ -85,6 +85,7 @@ def compile_step(config: Config, devices: Sequence[Any], on_cpu: bool) -> Compil
     from gptjax.model import primitives
     from gptjax.parallel.mesh import check_divides, make_mesh
     from gptjax.parallel.sharding import batch_sharding, laid_over, use_rules
+    from gptjax.train.objectives import batch_arrays
     from gptjax.train.optimizers import Lengths
     from gptjax.train.step import abstract_state, make_train_step
 
@@ -97,8 +98,7 @@ def compile_step(config: Config, devices: Sequence[Any], on_cpu: bool) -> Compil
         with use_rules(config.mesh):
             rows = batch_sharding(mesh)
         shape = (config.data.batch_size, config.data.seq_len + 1)
-        names = ("tokens", "segment_ids", "positions")
-        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in names}
+        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in batch_arrays(config)}
         with laid_over(mesh, config.mesh):
             lowered = step.lower(abstract_state(config, lengths, mesh), batch)
     try:

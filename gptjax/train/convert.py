@@ -21,6 +21,7 @@ import numpy as np
 
 from gptjax import config as config_lib
 from gptjax.config import Config, UserError
+from gptjax.config.objective import sees_later_tokens
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.interop import formats, huggingface, layout, tokens, verify
 from gptjax.interop.foreign import Foreign
@@ -192,6 +193,11 @@ def export_model(
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is not a run's folder: it has no config.json.")
     config = config_lib.from_json(workdir / "config.json")
+    if sees_later_tokens(config.objective):
+        raise UserError(
+            f"{workdir} was trained with objective.name={config.objective.name}, whose tokens see later ones; models of "
+            "Hugging Face that could hold its parameters see only earlier ones."
+        )
     huggingface.architecture_for(config.model)  # refuses before anything is restored
     tokenizer = load_tokenizer(workdir / "tokenizer") if (workdir / "tokenizer").is_dir() else None
     trained = load_params(workdir, log, step, config)

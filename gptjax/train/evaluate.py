@@ -62,18 +62,22 @@ def token_byte_counts(config: Config, dataset: Dataset) -> np.ndarray:
 
 def evaluate(config: Config, params: Any, dataset: Dataset, mesh: Mesh, max_batches: int = 0) -> dict[str, float | int]:
     """{"loss" (nats a target), "perplexity", "bits_per_byte", "tokens", "bytes"} of `dataset.eval`; max_batches=0: the whole
-    split. Of a mixture, these are over the targets of all sources' splits together, whatever the weights, and SOURCE/loss and so
-    on are each source's own; max_batches is then of each source.
+    split. `tokens` are those that are predicted, and `bytes` the text that they stand for; there are bits per byte only where
+    each byte of a text is predicted from those before it. Of a mixture, these
+    are over the targets of all sources' splits together, whatever the weights, and SOURCE/loss and so on are each source's own;
+    max_batches is then of each source.
 
     Rows are summed on the device in float32 and added here in float64, always in the order of the split.
     """
     check_divides(config, mesh)
     if isinstance(dataset.eval, Split):
-        return _figures(_totals(config, params, dataset, dataset.eval, mesh, max_batches))
+        return _figures(config, _totals(config, params, dataset, dataset.eval, mesh, max_batches))
     totals = {name: _totals(config, params, dataset, split, mesh, max_batches) for name, split in dataset.eval.items()}
-    figures = _figures(np.sum(list(totals.values()), axis=0))
+    figures = _figures(config, np.sum(list(totals.values()), axis=0))
     for source, own in totals.items():
-        figures |= {f"{source}/{name}": value for name, value in _figures(own, f"the evaluation split of {source}").items()}
+        figures |= {
+            f"{source}/{name}": value for name, value in _figures(config, own, f"the evaluation split of {source}").items()
+        }
     return figures
 
 
@@ -98,15 +102,16 @@ def _totals(config: Config, params: Any, dataset: Dataset, split: Split, mesh: M
     return totals
 
 
-def _figures(totals: np.ndarray, what: str = "the evaluation split") -> dict[str, float | int]:
+def _figures(config: Config, totals: np.ndarray, what: str = "the evaluation split") -> dict[str, float | int]:
     nats, tokens, text_bytes = totals.tolist()
     if tokens == 0:
         raise UserError(f"{what} has no token to predict; give it more text.")
     loss = nats / tokens
+    in_order = config.objective.name in ("causal", "prefix")
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else math.nan,
+        **({"bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else math.nan} if in_order else {}),
         "tokens": int(tokens),
         "bytes": int(text_bytes),
     }

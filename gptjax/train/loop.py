@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.config import Config, Stages, UserError, flatten, to_dict
+from gptjax.config.objective import writing_part, writing_refusal
 from gptjax.data.mixture import describe
 from gptjax.data.pipeline import Dataset, batch_documents, load_dataset, mixture_figures, steps_per_epoch, train_batches
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
@@ -207,11 +208,11 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def load_data(config: Config, log: Callable[[str], None]) -> Dataset:
+def load_data(config: Config, log: Callable[[str], None], own: Tokenizer | None = None) -> Dataset:
     """`load_dataset`, by process 0 first, for where hosts share the cache; the same tokens in all processes, or `UserError`."""
     hosts.check_same(flatten(config))
     with hosts.process_0_first():
-        dataset = load_dataset(config, log)
+        dataset = load_dataset(config, log, own=own)
     counts = {name: dataset.report[name] for name in ("documents", "tokens", "bytes", "rows")}
     hosts.check_same({"the tokenizer's fingerprint": dataset.tokenizer.fingerprint, "the count of the data": counts})
     return dataset
@@ -273,6 +274,8 @@ def _describe(run: Run, state: TrainState) -> None:
     c, mesh = run.config, run.mesh
     run.line(parameter_table(state.params))
     run.line(describe_mfu(c.model, c.data.seq_len, mesh.devices.flat[0].device_kind, mesh.size, c.metrics.peak_tflops))
+    if c.evaluate.sample_tokens and (refusal := writing_refusal(c.objective)):
+        run.line(f"evaluate.sample_tokens={c.evaluate.sample_tokens} has no effect: {refusal}")
     total = run.lengths.total
     run.line(f"{total:,} steps of {c.tokens_per_step:,} tokens: {run.stages.batches(total) / run.epoch_steps:.2f} epochs.")
     for stage in run.stages.every if len(run.stages.every) > 1 else ():
@@ -424,7 +427,7 @@ def _evaluate(run: Run, state: TrainState, step: int) -> dict[str, Any]:
         row = {"step": step, "tokens": run.tokens(step)} | {f"eval/{name}": value for name, value in figures.items()}
         run.metrics.write(row)
         run.line.row(row)
-        if c.evaluate.sample_tokens:
+        if c.evaluate.sample_tokens and writing_part(c.objective) is not None:
             _sample(run, params, step)
     return figures
 

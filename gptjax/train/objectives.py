@@ -1,4 +1,8 @@
-"""What is predicted: a function from a batch to inputs, targets and weights. All objectives share one loss (loss.py)."""
+"""What is predicted: a function from a batch to inputs, targets and weights. All objectives share one loss (loss.py).
+
+What a row shows of its documents (masks, gaps, spans) is settled before, in numpy, where lengths may change
+(data/corruption.py); the functions here say which of what is shown is predicted, and who sees whom.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from gptjax.config import Config
 
 
 class Example(NamedTuple):
@@ -34,4 +40,38 @@ def causal(batch: Mapping[str, jax.Array]) -> Example:
     return Example(tokens[:, :-1], tokens[:, 1:], weights, positions[:, :-1], segment_ids[:, :-1])
 
 
-OBJECTIVES: dict[str, Callable[[Mapping[str, jax.Array]], Example]] = {"causal": causal}
+def prefix(batch: Mapping[str, jax.Array]) -> Example:
+    """As `causal`, but tokens where `prefix` [B, T + 1] is 1 are given: all of their segment see them, and none is a target
+    (a prefix LM, Raffel et al., 2020).
+    """
+    example = causal(batch)
+    given = batch["prefix"] > 0
+    return example._replace(weights=example.weights * ~given[:, 1:], prefix=given[:, :-1])
+
+
+def masked(batch: Mapping[str, jax.Array]) -> Example:
+    """Predict `targets` [B, T + 1] at their own places, below 0 nothing, from the whole segment (Devlin et al., 2019).
+
+    `tokens` shows other tokens in their stead; the last place of a row is not used.
+    """
+    tokens, segment_ids, targets = (batch[name][:, :-1] for name in ("tokens", "segment_ids", "targets"))
+    weights = (targets >= 0) & (segment_ids > 0)
+    positions = batch["positions"][:, :-1]
+    return Example(tokens, jnp.maximum(targets, 0), weights.astype(jnp.float32), positions, segment_ids, prefix=segment_ids > 0)
+
+
+OBJECTIVES: dict[str, Callable[[Mapping[str, jax.Array]], Example]] = {
+    "causal": causal,
+    "masked": masked,
+    "prefix": prefix,
+    "infill": causal,
+    "span": prefix,
+    "mixture": prefix,
+}
+
+_MORE = {"masked": ("targets",), "prefix": ("prefix",)}
+
+
+def batch_arrays(config: Config) -> tuple[str, ...]:
+    """Names of the int32 arrays [B, T + 1] of a batch."""
+    return ("tokens", "segment_ids", "positions", *_MORE.get(OBJECTIVES[config.objective.name].__name__, ()))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gptjax.config import UserError
+from gptjax.config import ObjectiveConfig, UserError, from_json
+from gptjax.config.objective import loss_refusal
 from gptjax.parallel import hosts
 from gptjax.verbs.arguments import add_run, add_verb, run_config
 from gptjax.verbs.output import log, print_json
@@ -17,11 +18,17 @@ def add(verbs: Any) -> None:
         "evaluate",
         run,
         "Loss, perplexity and bits per byte over the whole evaluation split.",
-        """example:
-  gptjax evaluate --workdir=runs/shakespeare --config.evaluate.batch_size=64 --json""",
+        """examples:
+  gptjax evaluate --workdir=runs/shakespeare --config.evaluate.batch_size=64 --json
+  gptjax evaluate --workdir=runs/ul2 --objective=causal""",
         uses_devices=True,
     )
     add_run(parser)
+    parser.add_argument(
+        "--objective",
+        choices=ObjectiveConfig.__dataclass_fields__["name"].metadata["choices"],
+        help="whose loss it is, of those that the model was trained for; by default the run's own",
+    )
     parser.add_argument(
         "--weights",
         choices=("bfloat16", "int8"),
@@ -30,8 +37,11 @@ def add(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.objective:
+        arguments.overrides = [*arguments.overrides, f"objective.name={arguments.objective}"]
     workdir, config = run_config(arguments)
     from gptjax.data.mixture import describe
+    from gptjax.data.reserved import text_tokenizer
     from gptjax.generate.weights import check, rounded
     from gptjax.parallel.mesh import make_mesh
     from gptjax.train.evaluate import by_source, evaluate
@@ -39,24 +49,30 @@ def run(arguments: argparse.Namespace) -> int:
     from gptjax.train.restore import load_run
 
     model = load_run(workdir, log, arguments.step, config)
-    dataset = load_data(config, log)
-    if dataset.tokenizer.encoding_fingerprint != model.tokenizer.encoding_fingerprint:
+    trained = from_json(workdir / "config.json").objective
+    if refusal := loss_refusal(trained, config.objective):
+        raise UserError(f"{workdir}: {refusal}")
+    dataset = load_data(config, log, own=model.tokenizer)
+    if dataset.text_tokenizer.encoding_fingerprint != text_tokenizer(model.tokenizer).encoding_fingerprint:
         raise UserError(
             f"the tokenizer that data.tokenizer={config.data.tokenizer} gives is not the one that {workdir} was trained with."
         )
     mesh = make_mesh(config.mesh)
     if arguments.weights:
         check(config.model, arguments.weights)
-    figures: dict[str, Any] = evaluate(config, model.params, dataset, mesh) | {"step": model.step}
+    name = config.objective.name
+    figures: dict[str, Any] = evaluate(config, model.params, dataset, mesh) | {"objective": name, "step": model.step}
     if arguments.weights:
         stored = rounded(model.params, config.model, arguments.weights)
         figures[arguments.weights] = _beside(figures, evaluate(config, stored, dataset, mesh))
     if arguments.json:
         print_json(figures)
     elif hosts.is_primary():
+        kind = "" if name == "causal" else f"{name} "
+        bits = f"{figures['bits_per_byte']:.4f} bits per byte " if "bits_per_byte" in figures else ""
         print(
-            f"step {figures['step']}: loss {figures['loss']:.4f} nats a token, perplexity {figures['perplexity']:.3f}, "
-            f"{figures['bits_per_byte']:.4f} bits per byte over {figures['tokens']} tokens ({figures['bytes']} bytes)"
+            f"step {figures['step']}: {kind}loss {figures['loss']:.4f} nats a token, "
+            f"perplexity {figures['perplexity']:.3f}, {bits}over {figures['tokens']} tokens ({figures['bytes']} bytes)"
         )
         if sources := by_source(figures):
             print(describe(sources))

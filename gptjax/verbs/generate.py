@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
 from typing import Any
 
+import numpy as np
+
 from gptjax.config import UserError
+from gptjax.config.objective import parts as objective_parts
+from gptjax.config.objective import writing_refusal
 from gptjax.data.tokenizer_base import refuse_half_characters
 from gptjax.generate import settings as settings_lib
 from gptjax.generate.infill import ORDERS, find_sentinels, infill_prompt
@@ -108,7 +113,10 @@ def _load(arguments: argparse.Namespace) -> Any:
     workdir = pathlib.Path(required(arguments, "workdir"))
     if not loading.is_huggingface(workdir):
         workdir, config = run_config(arguments)
-        return load_run(workdir, log, arguments.step, config).stored_as(arguments.weights or "")
+        model = load_run(workdir, log, arguments.step, config)
+        if config.objective.name == "masked" and not arguments.weights:  # it has no cache to be stored for
+            return model
+        return model.stored_as(arguments.weights or "")
     if arguments.overrides or arguments.config:
         raise UserError(f"{workdir} is a Hugging Face folder, and only a run's config can be overridden; convert it first.")
     return loading.load(workdir, step=arguments.step, weights=arguments.weights or "", log=log)
@@ -138,7 +146,11 @@ def guided(model: Any, settings: GenerationConfig, arguments: argparse.Namespace
 
 
 def _answer(model: Any, prompt: str, settings: GenerationConfig, arguments: argparse.Namespace) -> int:
-    """The samples of one prompt."""
+    """The samples of one prompt, or the prompt with its gaps filled."""
+    from gptjax.generate.filling import has_gaps
+
+    if writing_refusal(model.config.objective) and has_gaps(model, prompt):
+        return _fill(model, prompt, settings, arguments)
     from gptjax.generate.text import generate_text
     from gptjax.generate.timing import Speed
 
@@ -158,16 +170,21 @@ def _answer(model: Any, prompt: str, settings: GenerationConfig, arguments: argp
 
     texts: list[str | None] = [prompt]
     ids: Any = prompt
+    both_ways = None
     if arguments.infill_suffix is not None:
         refuse_half_characters(arguments.infill_suffix)
         marks = find_sentinels(model.tokenizer)
         ids = infill_prompt(model.tokenizer, prompt, arguments.infill_suffix, arguments.infill_order, marks)
+        both_ways = False
+        if any(part.method == "infill" for part in objective_parts(model.config.objective)) and model.config.data.add_bos:
+            ids = np.concatenate([[] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id], ids]).astype(np.int32)
         if marks.end is not None:
             settings = settings.replace(eos_token_id=(*settings.eos_ids(model.tokenizer.eos_id), marks.end))
     try:
         samples = generate_text(
             model.params, model.config, model.tokenizer, [ids], settings, texts=texts,
-            seed=arguments.seed, on_text=show if streams else None, speed=speed, **guided(model, settings, arguments),
+            seed=arguments.seed, on_text=show if streams else None, speed=speed, both_ways=both_ways,
+            **guided(model, settings, arguments),
         )  # fmt: skip
     except KeyboardInterrupt:
         if started:
@@ -180,6 +197,20 @@ def _answer(model: Any, prompt: str, settings: GenerationConfig, arguments: argp
         shown = "" if started else sample.prompt + sample.text
         write_text(("---\n" if index else "") + shown + (arguments.infill_suffix or "") + "\n")
     log(f"{speed}.")
+    return 0
+
+
+def _fill(model: Any, prompt: str, settings: GenerationConfig, arguments: argparse.Namespace) -> int:
+    """The prompt with its gaps filled."""
+    from gptjax.generate.filling import fill
+
+    if settings.num_return_sequences > 1:
+        raise UserError(f"num_return_sequences={settings.num_return_sequences}: gaps are filled in one way.")
+    filled = fill(model, prompt, seed=arguments.seed, **dataclasses.asdict(settings))
+    if arguments.json:
+        print_json({"step": model.step, **dataclasses.asdict(filled)})
+    else:
+        write_text(filled.text + "\n")
     return 0
 
 

@@ -58,6 +58,18 @@ def run(**axes: int) -> dict[str, Any]:
     return found
 
 
+OBJECTIVE_MESHES = {"one": {"data": 1}, "eight": {"data": 2, "tensor": 2, "stage": 2}}
+
+
+def objective_loss(**axes: int) -> list[float]:
+    """[loss, gradient norm] of a step with documents seen both ways and not, side by side."""
+    knobs = {"objective.name": "mixture", "model.vocab_size": 32, "model.num_heads": 4, "optimizer.epsilon": 1e-3}
+    config = small(knobs, **{f"mesh__{name}": size for name, size in axes.items()})
+    lengths, mesh = Lengths.of(config, 1.0), make_mesh(config.mesh)
+    _, metrics = make_train_step(config, lengths, mesh)(init_state(config, lengths, mesh), random_batch(config, 2))
+    return [float(metrics[name]) for name in ("loss", "gradient_norm")]
+
+
 def refusal(**knobs: Any) -> str:
     try:
         config = small({key.replace("__", "."): value for key, value in knobs.items()})
@@ -78,4 +90,6 @@ if __name__ == "__main__":
         refusal(mesh__data=-1, mesh__fsdp=3),
         refusal(mesh__context=8, mesh__data=1),
     ]
-    print(json.dumps({"meshes": {name: run(**axes) for name, axes in MESHES.items()}, "refused": refused}))
+    objective = {name: objective_loss(**axes) for name, axes in OBJECTIVE_MESHES.items()}
+    meshes = {name: run(**axes) for name, axes in MESHES.items()}
+    print(json.dumps({"meshes": meshes, "refused": refused, "objective": objective}))

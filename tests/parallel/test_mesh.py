@@ -42,6 +42,13 @@ def test_steps_agree_within_rounding_with_dropout_on(found: dict[str, Any]) -> N
         assert run["compilations"] == 1, mesh
 
 
+def test_an_objective_that_sees_both_ways_agrees_over_meshes_and_stages(found: dict[str, Any]) -> None:
+    one = found["objective"]["one"]
+    assert one[0] > 1
+    for mesh, values in found["objective"].items():
+        np.testing.assert_allclose(values, one, rtol=2e-5, err_msg=mesh)
+
+
 def test_what_does_not_divide_and_missing_devices_are_refused(found: dict[str, Any]) -> None:
     rows, nine, fits, heads, twelve, three, length = found["refused"]
     assert "=12 does not divide over mesh.data * mesh.fsdp * mesh.expert=8" in rows
