@@ -44,6 +44,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "gptjax.train.restore": (
         "gptjax.config",
+        "gptjax.data.reserved",
         "gptjax.data.tokenizers",
         "gptjax.generate.weights",
         "gptjax.interop",
@@ -90,13 +91,21 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "gptjax.generate": (
         "gptjax.config",
+        "gptjax.data.reserved",
         "gptjax.data.tokenizer_base",
         "gptjax.data.tokenizers",
         "gptjax.model",
         "gptjax.parallel",
         "gptjax.generate",
     ),
-    "gptjax.interop": ("gptjax.config", "gptjax.data.tokenizers", "gptjax.model", "gptjax.parallel", "gptjax.interop"),
+    "gptjax.interop": (
+        "gptjax.config",
+        "gptjax.data.reserved",
+        "gptjax.data.tokenizers",
+        "gptjax.model",
+        "gptjax.parallel",
+        "gptjax.interop",
+    ),
     "gptjax.plan": ("gptjax.config", "gptjax.model", "gptjax.parallel", "gptjax.train", "gptjax.plan"),
     "gptjax.sweeps": (
         "gptjax.config",
