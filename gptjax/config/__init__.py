@@ -30,6 +30,7 @@ from gptjax.config.optimizer import OptimizerConfig
 from gptjax.config.patterns import check_stages, layer_configs
 from gptjax.config.run import CheckpointConfig, EvaluateConfig, MeshConfig, MetricsConfig, TrainConfig
 from gptjax.config.schema import Config
+from gptjax.config.stages import Stage, Stages
 
 __all__ = [
     "TYPE_NAMES",
@@ -64,4 +65,6 @@ __all__ = [
     "MetricsConfig",
     "TrainConfig",
     "Config",
+    "Stage",
+    "Stages",
 ]

@@ -196,6 +196,13 @@ class ModelConfig:
     dtype: str = knob(
         "float32", "Matrix products; norms, softmax, logits and loss are always float32.", choices=("float32", "bfloat16")
     )
+    quantization: str = knob(
+        "none",
+        "Products of the blocks' projections with both operands rounded to 8 bits, a scale for each token and output channel; "
+        "the backward pass takes rounding for the identity and stays in `dtype`. int8, or fp8 (e4m3), which hardware without it "
+        "computes exactly in a wider type.",
+        choices=("none", "int8", "fp8"),
+    )
     param_dtype: str = knob("float32", "Parameters.", choices=("float32", "bfloat16"))
     remat: str = knob(
         "none",
@@ -365,6 +372,20 @@ def check(config: Config) -> None:
     _check_rotary(model)
     _check_t5(model)
     _check_experts(config)
+    if model.quantization != "none":
+        _check_quantization(model)
+
+
+def _check_quantization(model: ModelConfig) -> None:
+    if model.num_experts:
+        raise UserError(
+            f"model.quantization={model.quantization} is for dense MLPs, but model.num_experts={model.num_experts}; drop one."
+        )
+    longest, most = max(model.model_dim, model.mlp_dim, model.num_heads * model.head_dim), 2**31 // 127**2
+    if model.quantization == "int8" and longest > most:
+        raise UserError(
+            f"model.quantization=int8 sums at most {most} products exactly, but a projection of the model has {longest}."
+        )
 
 
 def _check_block(config: Config) -> None:

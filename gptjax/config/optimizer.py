@@ -93,6 +93,12 @@ class OptimizerConfig:
         at_most=1,
     )
     clip_norm: float = knob(1.0, "Gradients are scaled to at most this global norm; 0: never.", at_least=0)
+    state_dtype: str = knob(
+        "float32",
+        "How moments are stored between steps, rounded at random in proportion: float32, bfloat16, or int8, codes with a "
+        "scale for each block of 256 (Dettmers et al., 2022).",
+        choices=("float32", "bfloat16", "int8"),
+    )
     ema_decay: float = knob(0.0, "Decay of a moving average of parameters, used for evaluation; 0: none.", at_least=0, below=1)
 
 
@@ -155,6 +161,9 @@ def _check_pattern(key: str, pattern: str) -> None:
 # became of it.
 NOT_CAUTIOUS = ("schedule_free_adamw", "prodigy")
 
+# Optimizers whose state may be stored in fewer bits: averages that forget. Others hold factors, or sums over the whole run.
+COMPRESSIBLE = ("adamw", "lion", "muon", "sgd")
+
 
 def check(config: Config) -> None:
     """Raises `UserError` for optimizer knobs that don't go together."""
@@ -179,4 +188,9 @@ def check(config: Config) -> None:
     if optimizer.schedule == "wsd" and not (optimizer.decay_steps or optimizer.decay_tokens or optimizer.decay_epochs):
         raise UserError(
             "optimizer.schedule=wsd needs the length of its final fall: set optimizer.decay_steps, decay_tokens or decay_epochs."
+        )
+    if optimizer.state_dtype != "float32" and optimizer.name not in COMPRESSIBLE:
+        raise UserError(
+            f"optimizer.state_dtype={optimizer.state_dtype} does not go with optimizer.name={optimizer.name}, whose state is not "
+            f"made of moments alone; {', '.join(COMPRESSIBLE)} take it."
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptjax.config.knobs import UserError, duration, knob
+from gptjax.config.model import attention_refusal
 
 if TYPE_CHECKING:
     from gptjax.config.schema import Config
@@ -24,6 +25,41 @@ class TrainConfig:
     max_nonfinite_steps: int = knob(
         10, "Steps in a row with a non-finite gradient that end the run.", at_least=1, shapes_run=False
     )
+
+    batch_warmup_start: int = knob(
+        0,
+        "Rows of the first steps in a warm-up of the batch size, which double until they are data.batch_size, each size for as "
+        "many steps; 0: none. The learning rate follows steps, not rows.",
+        at_least=0,
+    )
+    batch_warmup_steps: int = duration("steps", "Length of that warm-up")
+    batch_warmup_tokens: int = duration("tokens", "Length of that warm-up")
+    batch_warmup_epochs: float = duration("epochs", "Length of that warm-up")
+    seq_len_warmup_start: int = knob(
+        0,
+        "Tokens of a row in the first steps of a warm-up of the sequence length (Li et al., 2022), which double until they are "
+        "data.seq_len, each length for as many steps; 0: none. Rows are cut into more and shorter ones, so no token is lost.",
+        at_least=0,
+    )
+    seq_len_warmup_steps: int = duration("steps", "Length of that warm-up")
+    seq_len_warmup_tokens: int = duration("tokens", "Length of that warm-up")
+    seq_len_warmup_epochs: float = duration("epochs", "Length of that warm-up")
+
+    spike_threshold: float = knob(
+        0.0,
+        "A step whose spike_metric is so many robust standard deviations (1.4826 times the median absolute deviation) above the "
+        "median of the spike_window good steps before it belongs to a spike, from which the run goes back to a checkpoint before "
+        "it and passes over the data that led there (PaLM, Chowdhery et al., 2022); 0: none does.",
+        at_least=0,
+    )
+    spike_metric: str = knob("loss", "What is watched for spikes.", choices=("loss", "gradient_norm"))
+    spike_window: int = knob(100, "Good steps that a step is compared with; before there are so many, none is.", at_least=2)
+    spike_steps: int = knob(3, "Steps in a row that make a spike.", at_least=1)
+    spike_checkpoint_steps: int = knob(100, "With spike_threshold: steps between the checkpoints to go back to.", at_least=1)
+    spike_skip_steps: int = knob(
+        0, "Batches passed over after those between the checkpoint and the spike's last step.", at_least=0
+    )
+    spike_max_rewinds: int = knob(3, "Spikes from which the run goes back; later ones are left alone.", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -104,6 +140,9 @@ def check(config: Config) -> None:
     train = config.train
     if not (train.duration_steps or train.duration_tokens or train.duration_epochs):
         raise UserError("the run has no length: set train.duration_steps, train.duration_tokens or train.duration_epochs.")
+    _check_warmup(config, "batch", config.data.batch_size, "data.batch_size")
+    _check_warmup(config, "seq_len", config.data.seq_len, "data.seq_len")
+    _check_spikes(train)
     names = (field.name for field in dataclasses.fields(MeshConfig) if field.name not in ("rules", "micro_batches"))
     sizes = {f"mesh.{name}": getattr(config.mesh, name) for name in names}
     for key, size in sizes.items():
@@ -112,3 +151,39 @@ def check(config: Config) -> None:
     rest = [f"{key}=-1" for key, size in sizes.items() if size == -1]
     if len(rest) > 1:
         raise UserError(f"{' and '.join(rest)}: only one axis may take what the others leave; give the others a size.")
+
+
+def _check_warmup(config: Config, name: str, full: int, full_key: str) -> None:
+    train, model = config.train, config.model
+    key, start = f"train.{name}_warmup_start", getattr(train, f"{name}_warmup_start")
+    lengths = {f"train.{name}_warmup_{unit}": getattr(train, f"{name}_warmup_{unit}") for unit in ("steps", "tokens", "epochs")}
+    given = [f"{length}={value}" for length, value in lengths.items() if value]
+    if not start:
+        if given:
+            raise UserError(f"{given[0]} is the length of a warm-up that {key}=0 turns off; set one of them.")
+        return
+    if not given:
+        raise UserError(f"{key}={start} needs the length of its warm-up: set {', '.join(lengths)}.")
+    smaller = [full >> number for number in range(1, full.bit_length()) if not full % (1 << number)]
+    if start not in smaller:
+        raise UserError(
+            f"{key}={start} cannot be doubled to {full_key}={full}; "
+            + (f"make it {' or '.join(map(str, smaller))}." if smaller else f"make {full_key} even.")
+        )
+    if name == "batch" and start % train.accumulation_steps:
+        raise UserError(f"train.accumulation_steps={train.accumulation_steps} does not divide {key}={start}.")
+    if name == "seq_len" and model.attention != "auto" and (refusal := attention_refusal(model, model.attention, start)):
+        raise UserError(f"{key}={start} makes rows so short: {refusal}")
+
+
+def _check_spikes(train: TrainConfig) -> None:
+    every = train.spike_checkpoint_steps
+    if not train.spike_threshold:
+        return
+    if every > train.spike_window:
+        raise UserError(
+            f"train.spike_checkpoint_steps={every} is more than train.spike_window={train.spike_window}, so that the first spike "
+            "could come before the first checkpoint to go back to."
+        )
+    if train.spike_steps > every:
+        raise UserError(f"train.spike_steps={train.spike_steps} is more than train.spike_checkpoint_steps={every}.")

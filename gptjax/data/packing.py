@@ -134,3 +134,28 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
                     by_room.setdefault(left, []).append(some)
                     rooms |= 1 << left
     return row_of
+
+
+def shortened(batch: dict[str, np.ndarray], seq_len: int) -> dict[str, np.ndarray]:
+    """Rows [B, n * seq_len + 1] cut into pieces, [B * n, seq_len + 1], that overlap by one token: each token that had one before
+    it in its segment still has, and is predicted once. A segment that is cut goes on as another one, from position 0.
+
+    Of an array without a place for each token, a row's value is that of all its pieces.
+    """
+    length = batch["tokens"].shape[1] - 1
+    pieces = length // seq_len
+    if pieces == 1:
+        return batch
+    columns = np.arange(pieces)[:, None] * seq_len + np.arange(seq_len + 1)
+
+    def cut_row(array: np.ndarray) -> np.ndarray:
+        if array.ndim < 2 or array.shape[1] != length + 1:
+            return np.repeat(array, pieces, axis=0)
+        return array[:, columns].reshape(-1, seq_len + 1, *array.shape[2:])
+
+    out = {name: cut_row(array) for name, array in batch.items()}
+    segments, positions = out["segment_ids"], out["positions"]
+    first = segments[:, :1]
+    out["segment_ids"] = np.where(segments > 0, segments - np.maximum(first, 1) + 1, 0)
+    out["positions"] = np.where(segments == first, positions - positions[:, :1], positions)
+    return out

@@ -1,10 +1,12 @@
 """Tokens to batches. The batch of a step is a function of (train.seed, step) alone, so a run's place in the data is one integer.
 
-The rows of training are one infinite sequence, of which step s takes rows s * B to (s + 1) * B, and a process of several those
-that its devices hold. They come in a new random order each epoch, epoch after epoch without a gap. Windows are cut anew
-each epoch, from a phase of its own, so that no token comes twice in an epoch and no boundary stays. (nanoGPT draws its windows
-with replacement, which leaves a fraction exp(-1) of the text unseen after an epoch's worth.) Orders and phases are drawn from
-Philox, a counter-based generator, for (seed, epoch): starting at any step costs nothing.
+The rows of training are one infinite sequence, of which step s takes rows s * B to (s + 1) * B (while the batch size rises, the
+rows that follow those of the steps before it), and a process of several those that its devices hold. A run that went back from
+a spike of its loss passes over some: all later rows then come so many places later. They come in a new random order each epoch,
+epoch after epoch without a gap. Windows are cut anew each epoch, from a phase of its own, so that no token comes twice in an
+epoch and no boundary stays. (nanoGPT draws its windows with replacement, which leaves a fraction exp(-1) of the text unseen
+after an epoch's worth.) Orders and phases are drawn from Philox, a counter-based generator, for (seed, epoch): starting at any
+step costs nothing.
 
 Of a mixture, each source has such a sequence of its own, whatever the weights; mixture.py says which source a row of the run is
 from, and how many rows of that source came before it.
@@ -32,7 +34,7 @@ from gptjax.data import cache
 from gptjax.data.cleaning import Cleaned
 from gptjax.data.corruption import Corruption, corruption_of
 from gptjax.data.mixture import Shares
-from gptjax.data.packing import Rows, pack
+from gptjax.data.packing import Rows, pack, shortened
 from gptjax.data.recall import Deferred, read_or_recall
 from gptjax.data.reserved import reserve
 from gptjax.data.sources import Joined, Source
@@ -53,8 +55,8 @@ class Split:
     names: list[str]
     text_bytes: int
     rows: Rows | None
-    source: str = ""  # its name in a mixture
     corruption: Corruption | None = None  # how the objective shows rows; None: as they are
+    source: str = ""  # its name in a mixture
 
     @property
     def num_tokens(self) -> int:
@@ -101,16 +103,16 @@ def load_dataset(
     for name, knobs in sources.items():
         with _naming(name):
             cleaned[name], unread[name] = read_or_recall(knobs, cache_dir)
-    text = _tokenizer(config, list(cleaned.values()), cache_dir, log)
-    tokenizer = own or reserve(text, config.objective, config.data.seq_len)
+    tokenizer = _tokenizer(config, list(cleaned.values()), cache_dir, log)
+    text, tokenizer = tokenizer, own or reserve(tokenizer, config.objective, config.data.seq_len)
     corruption = corruption_of(config, tokenizer)
     splits: dict[str, dict[str, Split]] = {}
     reports: dict[str, dict[str, Any]] = {}
     for name, documents in cleaned.items():
         with _naming(name):
             splits[name], reports[name] = _load_source(config, name, documents, text, corruption, cache_dir)
-            reports[name]["vocab_size"] = tokenizer.vocab_size
         reports[name]["files_unread"] = unread[name]
+        reports[name]["vocab_size"] = tokenizer.vocab_size
         _log(name, sources[name], splits[name].values(), reports[name], log)
     train = {name: of_source["train"] for name, of_source in splits.items()}
     held_out = {name: of_source["eval"] for name, of_source in splits.items()}
@@ -197,7 +199,7 @@ def _delimiters(config: Config, tokenizer: Tokenizer) -> cache.Delimiters:
 def _split(config: Config, name: str, part: cache.Tokens, corruption: Corruption | None, source: str = "") -> Split:
     data = config.data
     rows = _packed(part.offsets, data.seq_len, corruption) if data.packing == "packed" else None
-    split = Split(name, part.tokens, part.offsets, part.names, part.text_bytes, rows, source, corruption)
+    split = Split(name, part.tokens, part.offsets, part.names, part.text_bytes, rows, corruption, source)
     if rows is not None and not len(rows):
         raise UserError(f"the {name} split has {split.num_tokens} tokens and none to predict: no document has two tokens.")
     stride, width = _window(config, split)
@@ -278,9 +280,10 @@ def _shares(config: Config, splits: dict[str, Split]) -> Shares:
     weights = mixture_weights(config.data) or {
         name: ((0.0, float(_rows_per_epoch(config, split))),) for name, split in splits.items()
     }
-    steps = config.duration("train", "duration", _rows_together(config, splits) / config.data.batch_size)
+    epoch_steps = _rows_together(config, splits) / config.data.batch_size
+    total_rows = config.stages(epoch_steps).rows(config.duration("train", "duration", epoch_steps))
     first = int(_philox(config.train.seed, _MIXTURE, 0).random_raw()) >> 1
-    return Shares.of([weights[name] for name in splits], steps * config.data.batch_size, first)
+    return Shares.of([weights[name] for name in splits], total_rows, first)
 
 
 def mixture_figures(config: Config, split: Split | Mixture, num_rows: int) -> dict[str, dict[str, float]]:
@@ -305,20 +308,25 @@ def _rows_per_epoch(config: Config, split: Split) -> int:
 
 
 def train_batches(
-    config: Config, split: Split | Mixture, start_step: int = 0, share: np.ndarray | None = None
+    config: Config, split: Split | Mixture, start_step: int = 0, share: np.ndarray | None = None, skipped_rows: int = 0
 ) -> Iterator[Batch]:
-    """The batches of steps `start_step`, `start_step` + 1, ... without end; `share`: of their rows only these, ascending.
+    """The batches of steps `start_step`, `start_step` + 1, ..., to the end of the stage (`Config.stages`) of the first of them:
+    without end where nothing warms up. `share`: of a step's rows only these, ascending. `skipped_rows`: rows that were passed
+    over before `start_step`.
 
     int32 [rows, seq_len + 1] `tokens`, `segment_ids` (1, 2, ... within a row, 0 for padding) and `positions` (from 0 in each
     segment), and what the objective adds (corruption.py). Reads `data.prefetch` batches ahead.
     """
     import grain
 
-    share = _share(config.data.batch_size, share)
-    size = config.data.batch_size
-    batches = grain.MapDataset.range(start_step, _LAST_STEP).map(
-        lambda step: _train_batch(config, split, int(step) * size + share)
-    )
+    stages = config.stages(steps_per_epoch(config, split))
+    stage, end = stages.at(start_step), stages.end(start_step) or _LAST_STEP
+    share = _share(stage.batch_size, share)
+
+    def batch(step: int) -> Batch:
+        return shortened(_train_batch(config, split, stages.rows(step) + skipped_rows + share), stage.seq_len)
+
+    batches = grain.MapDataset.range(start_step, end).map(lambda step: batch(int(step)))
     ahead = config.data.prefetch
     options = grain.ReadOptions(num_threads=_PREFETCH_THREADS if ahead else 0, prefetch_buffer_size=ahead)
     return iter(batches.to_iter_dataset(options))
@@ -337,13 +345,15 @@ def _share(batch_size: int, share: np.ndarray | None) -> np.ndarray:
 
 def _train_batch(config: Config, split: Split | Mixture, numbers: np.ndarray) -> Batch:
     """Those rows (ascending) of the infinite sequence."""
-    if isinstance(split, Split):
-        return _rows(config, split, numbers)
     batch: Batch = {}
-    for one, where, places in _by_source(split, numbers):
-        for name, rows in _rows(config, one, places).items():
-            batch.setdefault(name, np.empty((len(numbers), *rows.shape[1:]), rows.dtype))[where] = rows
-    return batch
+    if isinstance(split, Split):
+        batch, corruption = _rows(config, split, numbers), split.corruption
+    else:
+        corruption = next(iter(split.splits.values())).corruption
+        for one, where, places in _by_source(split, numbers):
+            for name, rows in _rows(config, one, places).items():
+                batch.setdefault(name, np.empty((len(numbers), *rows.shape[1:]), rows.dtype))[where] = rows
+    return batch if corruption is None else corruption.train(batch, config.train.seed, numbers)
 
 
 def _by_source(mixture: Mixture, numbers: np.ndarray) -> Iterator[tuple[Split, np.ndarray, np.ndarray]]:
@@ -359,18 +369,16 @@ def _rows(config: Config, split: Split, numbers: np.ndarray) -> Batch:
     """The rows at places `numbers` (ascending) of a source's infinite sequence."""
     epochs, rows = _epoch_rows(config, split, numbers)
     if split.rows is not None:
-        batch = split.rows.batch(split.tokens, rows)
-    else:
-        batch = _windows(split, _window_starts(config, split, epochs, rows), _window(config, split)[1])
-    return batch if split.corruption is None else split.corruption.train(batch, config.train.seed, numbers)
+        return split.rows.batch(split.tokens, rows)
+    return _windows(split, _window_starts(config, split, epochs, rows), _window(config, split)[1])
 
 
-def batch_documents(config: Config, split: Split | Mixture, step: int) -> list[str]:
+def batch_documents(config: Config, split: Split | Mixture, step: int, skipped_rows: int = 0) -> list[str]:
     """Names of the documents in the global batch of `step`, each once, in the order of the source; of a mixture SOURCE:DOCUMENT,
     source after source.
     """
-    size = config.data.batch_size
-    numbers = np.arange(step * size, (step + 1) * size)
+    stages = config.stages(steps_per_epoch(config, split))
+    numbers = np.arange(stages.rows(step), stages.rows(step + 1)) + skipped_rows
     if isinstance(split, Split):
         return _documents(config, split, numbers)
     parts = _by_source(split, numbers)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig, UserError
+from gptjax.model import quantized
 from gptjax.model.embedding import TRANSPOSED_FACTOR
 from gptjax.model.kernels import LONGEST_INT8, Kernel
 
@@ -27,13 +28,21 @@ def prepare(params: Any, config: ModelConfig, weights: str = "") -> Any:
     and experts are as they were, further prediction heads are left out. What is prepared already comes back as it is. May be
     traced.
 
-    int8 is symmetric and for each output channel (each row of embedding and head): weight = scale * q, q from -127 to 127. The
-    factor of a factorised embedding, which multiplies in both directions, stays float32 then.
+    Where config.quantization is given, projections are stored as it has them, and `weights` must be "".
 
-    Raises `UserError` for other `weights`, and for int8 with experts or with channels too long to sum.
+    int8 is symmetric and for each output channel (each row of embedding and head): weight = scale * q, q from -127 to 127.
+    The factor of a factorised embedding, which multiplies in both directions, stays float32 then.
+
+    Raises `UserError` for other `weights`, for any with config.quantization, and for int8 with experts or with channels too
+    long to sum.
     """
     if is_prepared(params):
         return params
+    if weights and config.quantization != "none":
+        raise UserError(
+            f"weights={weights} would round products otherwise than model.quantization={config.quantization} has trained them; "
+            "leave it out."
+        )
     weights = weights or config.dtype
     check(config, weights)
     # One compiled call, so that no more than one copy of each leaf is ever made.
@@ -64,7 +73,8 @@ def check(config: ModelConfig, weights: str) -> None:
 @functools.partial(jax.jit, static_argnames=("config", "weights"))
 def _prepare(params: Any, config: ModelConfig, weights: str) -> Any:
     layers = {
-        str(n): _kernels(jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"]), weights) for n in range(config.num_layers)
+        str(n): _kernels(jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"]), weights, config.quantization)
+        for n in range(config.num_layers)
     }
     embed = params["embed"] | {"tokens": _kernel(params["embed"]["tokens"].T, 1, weights)}
     if config.embedding_dim:
@@ -76,24 +86,27 @@ def _prepare(params: Any, config: ModelConfig, weights: str) -> Any:
     return prepared
 
 
-def _kernels(tree: dict[str, Any], weights: str) -> dict[str, Any]:
+def _kernels(tree: dict[str, Any], weights: str, quantization: str) -> dict[str, Any]:
     """A layer's parameters; experts and their router, which are no projections, stay as they are."""
     prepared = {}
     for name, leaf in tree.items():
         if name == "kernel":
             raise ValueError("a kernel outside of a projection")
         if isinstance(leaf, dict) and "kernel" in leaf:
-            leaf = leaf | {"kernel": _kernel(leaf["kernel"], CONTRACTED.get(name, 1), weights)}
+            leaf = leaf | {"kernel": _kernel(leaf["kernel"], CONTRACTED.get(name, 1), weights, quantization)}
         elif isinstance(leaf, dict) and name != "experts":
-            leaf = _kernels(leaf, weights)
+            leaf = _kernels(leaf, weights, quantization)
         prepared[name] = leaf
     return prepared
 
 
-def _kernel(kernel: jax.Array, contracted: int, weights: str) -> Kernel:
+def _kernel(kernel: jax.Array, contracted: int, weights: str, quantization: str = "none") -> Kernel:
     """[*in, *out] to a `Kernel`."""
     inputs, out_shape = math.prod(kernel.shape[:contracted]), kernel.shape[contracted:]
     kernel_OI = kernel.reshape(inputs, -1).T
+    if quantization != "none":
+        codes_OI, scale_O1 = quantized.codes(quantization, kernel_OI)
+        return Kernel(codes_OI, scale_O1[:, 0], out_shape, quantization)
     if weights != "int8":
         return Kernel(kernel_OI.astype(weights), None, out_shape)
     return Kernel(*quantised(kernel_OI), out_shape)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from gptjax.config import UserError
 from gptjax.data.reserved import ReservedTokenizer
-from gptjax.data.special_tokens import CONFIG
 from gptjax.data.tokenizers import (
     Gpt2Tokenizer,
     HuggingFaceTokenizer,
@@ -43,8 +42,8 @@ def to_folder(folder: pathlib.Path, tokenizer: Tokenizer) -> list[str]:
     """Writes the tokenizer for transformers, where it can be expressed; what is to be said where it cannot."""
     if isinstance(tokenizer, ReservedTokenizer):
         notes = to_folder(folder, tokenizer.base)
-        if (folder / CONFIG).is_file():
-            _add_special(folder / CONFIG, tokenizer)
+        if (folder / "tokenizer_config.json").is_file():
+            _add_special(folder / "tokenizer_config.json", tokenizer)
         return notes
     if isinstance(tokenizer, HuggingFaceTokenizer):
         _write(folder, tokenizer.files())

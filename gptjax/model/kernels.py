@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from gptjax.model import primitives
+from gptjax.model import primitives, quantized
 
 # A digit of an activation goes from -127 to 127, and stands for 1 / 254 of the digit before: rounding leaves half a unit.
 DIGITS, BASE = 3, 254
@@ -31,15 +31,22 @@ class Kernel:
     weights_OI: jax.Array
     scale_O: jax.Array | None  # float32; of int8 weights, which stand for weights * scale
     out_shape: tuple[int, ...] = struct.field(pytree_node=False)
+    quantization: str = struct.field(pytree_node=False, default="none")  # of `quantized.FORMS`: inputs are rounded to it too
 
     def __call__(self, x: jax.Array, contracted: int = 1) -> jax.Array:
         """Contracts the last axes of `x` [..., *in_shape]: [..., *out_shape] in float32, where products are summed too.
 
-        `x` is rounded to the weights' type; against int8 weights only by 1.3e-7 of the largest |x| of its row, at most.
+        `x` is rounded to the weights' type; against int8 weights only by 1.3e-7 of the largest |x| of its row, at most, unless
+        the model was trained with such products (`model.quantization`).
         """
         kept = x.shape[: x.ndim - contracted]
         x_MI = x.reshape(math.prod(kept), self.weights_OI.shape[1])
-        y_MO = self._float(x_MI) if self.scale_O is None else self._int8(x_MI) * self.scale_O
+        if self.quantization != "none":
+            y_MO = self._quantized(x_MI)
+        else:
+            y_MO = self._float(x_MI) if self.scale_O is None else self._int8(x_MI)
+        if self.scale_O is not None:
+            y_MO = y_MO * self.scale_O
         return y_MO.reshape(*kept, *self.out_shape)
 
     def rows(self, ids: jax.Array) -> jax.Array:
@@ -52,6 +59,12 @@ class Kernel:
         if rows == 1:
             x_MI = jnp.concatenate([x_MI, x_MI])
         return _product(x_MI.astype(self.weights_OI.dtype), self.weights_OI, jnp.float32)[:rows]
+
+    def _quantized(self, x_MI: jax.Array) -> jax.Array:
+        rows = x_MI.shape[0]
+        if rows == 1:
+            x_MI = jnp.concatenate([x_MI, x_MI])
+        return quantized.product(self.quantization, x_MI, self.weights_OI)[:rows]
 
     def _int8(self, x_MI: jax.Array) -> jax.Array:
         x_MI = x_MI.astype(jnp.float32)

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
-from gptjax.model import primitives
+from gptjax.model import primitives, quantized
 from gptjax.model.kernels import Kernel
 from gptjax.model.parameterization import initial_std
 from gptjax.parallel.sharding import constrain, spec
@@ -43,11 +43,16 @@ def parameter(module: nn.Module, name: str, initializer: Any, axes: tuple[str, .
     return module.param(name, nn.with_logical_partitioning(initializer, axes), shape, jnp.dtype(dtype))
 
 
-def linear(x: jax.Array, kernel: Any, contracted: int, dtype: str, bias: jax.Array | None) -> jax.Array:
-    """`primitives.linear`, whose kernel may be a `Kernel`."""
-    if not isinstance(kernel, Kernel):
+def linear(
+    x: jax.Array, kernel: Any, contracted: int, dtype: str, bias: jax.Array | None, quantization: str = "none"
+) -> jax.Array:
+    """`primitives.linear`, whose kernel may be a `Kernel`, or whose product is one of `quantized.FORMS`."""
+    if isinstance(kernel, Kernel):
+        y = kernel(x, contracted)
+    elif quantization != "none":
+        y = quantized.linear(quantization, x, kernel, contracted, dtype)
+    else:
         return primitives.linear(x, kernel, contracted, jnp.dtype(dtype), bias)
-    y = kernel(x, contracted)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
 
 
@@ -97,7 +102,7 @@ class Projection(nn.Module):
         bias = None
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, self.out_axes, self.out_shape, c.param_dtype)
-        y = linear(x, kernel, len(self.in_axes), c.dtype, bias)
+        y = linear(x, kernel, len(self.in_axes), c.dtype, bias, c.quantization)
         # "embed" says how parameters are stored; the residual stream is whole on every device.
         y = constrain(y, "batch", "length", *(None if name == "embed" else name for name in self.out_axes))
         return checkpoint_name(y, PROJECTED)

@@ -22,7 +22,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -66,6 +66,7 @@ class _Save:
     seconds: float = 0.0
     error: BaseException | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
+    held: Collection[int] = ()
 
 
 _FOLDER = re.compile(r"\d{8,}")
@@ -111,13 +112,13 @@ class Checkpoints:
 
     # --- save -----------------------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any], copied: bool = True) -> None:
+    def save(self, step: int, state: Any, metadata: dict[str, Any], copied: bool = True, held: Collection[int] = ()) -> None:
         """Saves `state`, a pytree of jax arrays, and `metadata`, which JSON can hold.
 
         Waits for the save before it. When it returns the state's buffers may be donated: they have been copied to the host. A
         failure is reported, not raised, until `checkpoint.max_failures` in a row raise `CheckpointsFailing`. A step that this
         process saved or restored is not saved again. `copied=False` saves memory where the caller leaves the buffers alone until
-        `wait` returns.
+        `wait` returns. Checkpoints of the steps in `held` are kept beside those that the config keeps.
         """
         if self._read_only:
             raise ValueError("these checkpoints were opened to be read.")
@@ -129,7 +130,7 @@ class Checkpoints:
             if not isinstance(leaf, jax.Array):
                 raise TypeError(f"the state's {name} is a {type(leaf).__name__}, not a jax array.")
         about = {"step": step, "leaves": {name: _describe(leaf) for name, leaf in leaves.items()}, "metadata": metadata}
-        save = self._save = _Save(step, self._folder(step), time.monotonic())
+        save = self._save = _Save(step, self._folder(step), time.monotonic(), held=held)
         try:
             if _is_primary():
                 self._prepare(save.folder, about)
@@ -229,8 +230,17 @@ class Checkpoints:
         for step in reversed([step for step in self.steps() if step <= save.step]):
             if kept < self._config.keep_last and self._verify(step, save.notes.append):
                 kept += 1
-            elif not (every and step % every == 0):
+            elif not (every and step % every == 0) and step not in save.held:
                 self._delete(step)
+
+    def go_back(self, step: int) -> None:
+        """Removes the checkpoints of later steps, the latest first, and lets `step` be saved anew."""
+        self.wait()
+        if _is_primary():
+            for later in reversed([saved for saved in self.steps() if saved > step]):
+                self._delete(later)
+        self._intact = {saved for saved in self._intact if saved < step}
+        self._last_saved_step = step
 
     def _delete(self, step: int) -> None:
         folder = self._folder(step)

@@ -20,9 +20,10 @@ from types import FrameType
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import Config, UserError, flatten, to_dict
+from gptjax.config import Config, Stages, UserError, flatten, to_dict
 from gptjax.config.objective import writing_part, writing_refusal
 from gptjax.data.mixture import describe
 from gptjax.data.pipeline import Dataset, batch_documents, load_dataset, mixture_figures, steps_per_epoch, train_batches
@@ -33,11 +34,13 @@ from gptjax.parallel import hosts
 from gptjax.parallel.mesh import check_divides, make_mesh
 from gptjax.parallel.sharding import batch_sharding, use_rules
 from gptjax.train.checkpoints import CheckpointError, Checkpoints
+from gptjax.train.curve import draw_loss_curve
 from gptjax.train.evaluate import by_source, evaluate
 from gptjax.train.flops import describe_mfu, device_peak, flops_per_token, mfu
-from gptjax.train.metrics import LiveLine, MetricsWriter, draw_loss_curve, log_to_stderr, parameter_table
+from gptjax.train.metrics import LiveLine, MetricsWriter, log_to_stderr, parameter_table
 from gptjax.train.optimizers import Lengths, evaluation_params
 from gptjax.train.restore import initial_params
+from gptjax.train.rewind import Rewind, Spike, Watch
 from gptjax.train.run import RunLock, check_config, environment, read_result, state_sha256, write_result
 from gptjax.train.state import TrainState
 from gptjax.train.step import abstract_state, init_state, make_train_step
@@ -116,6 +119,8 @@ class Run:
     line: LiveLine
     metrics: MetricsWriter | NoMetrics
     stop: StopSignals
+    stages: Stages
+    watch: Watch
     seconds_before: float = 0.0
     figures: dict[str, Any] | None = None  # of the evaluation at the latest step, where there was one
     started: float = dataclasses.field(default_factory=time.monotonic)
@@ -125,9 +130,16 @@ class Run:
         """Wall-clock seconds of the run, over all its starts."""
         return self.seconds_before + time.monotonic() - self.started
 
+    def rows(self, steps: int) -> int:
+        """Place in the sequence of rows after the first `steps` steps, rows that were passed over included."""
+        return self.stages.rows(steps) + self.watch.skipped_rows
+
+    def tokens(self, steps: int) -> int:
+        """Positions that the first `steps` steps predict, padding included."""
+        return self.stages.rows(steps) * self.config.data.seq_len
+
     def is_due(self, group: str, step: int, default: int = 0) -> bool:
-        every = self.config.duration(group, "every", self.epoch_steps, default=default)
-        return step == self.lengths.total or (every > 0 and step % every == 0)
+        return step == self.lengths.total or self.config.is_due(group, step, self.epoch_steps, default)
 
 
 def train(config: Config, workdir: pathlib.Path, allow_changes: Sequence[str] = ()) -> dict[str, Any]:
@@ -144,23 +156,38 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: Sequence[str] = 
         epoch_steps = steps_per_epoch(config, dataset.train)
         lengths = Lengths.of(config, epoch_steps)
         mesh = make_mesh(config.mesh)
-        check_divides(config, mesh)
+        stages = config.stages(epoch_steps)
+        _check_stages(config, stages, mesh)
         result = hosts.from_process_0(_open_folder(workdir, config, allow_changes, log) if hosts.is_primary() else None)
         if result is not None and result["steps"] >= lengths.total:
             log(f"{workdir} holds a finished run of {result['steps']} steps, eval loss {result['eval']['loss']:.4f}.")
             return result
         if hosts.is_primary():
             _keep_tokenizer(workdir, dataset.tokenizer)
+        total_tokens = stages.rows(lengths.total) * config.data.seq_len
         with (
-            LiveLine(lengths.total, stream) as line,
+            LiveLine(lengths.total, stream, total_tokens=total_tokens) as line,
             Checkpoints(workdir / "checkpoints", config.checkpoint, line) as checkpoints,
         ):
             state, about = _restore_or_init(config, lengths, mesh, checkpoints, line, dataset.tokenizer)
-            with _metrics(workdir, config, int(state.step) or None, line) as metrics:
-                run = Run(config, workdir, dataset, mesh, lengths, epoch_steps, checkpoints, line, metrics, stop)
-                run.seconds_before, run.figures = about.get("seconds", 0.0), about.get("eval")
-                _describe(run, state)
-                return _finish(run, _steps(run, state))
+            rewind: Rewind | None = None
+            while True:
+                with _metrics(workdir, config, int(state.step) or None, line) as metrics:
+                    watch = Watch.restored(config, about.get("spikes", {}))
+                    run = Run(
+                        config, workdir, dataset, mesh, lengths, epoch_steps, checkpoints, line, metrics, stop, stages, watch
+                    )
+                    run.seconds_before, run.figures = about.get("seconds", 0.0), about.get("eval")
+                    if rewind is None:
+                        _describe(run, state)
+                    else:
+                        _keep_rewind(run, state)
+                    try:
+                        return _finish(run, _steps(run, state))
+                    except Spike as spike:
+                        rewind = spike.rewind
+                # Only here, outside of the handler, nothing refers to the abandoned state any more.
+                state, about = _go_back(run, rewind)
 
 
 @contextlib.contextmanager
@@ -232,35 +259,57 @@ def _restore_or_init(
     return init_state(config, lengths, mesh, initial_params(config, mesh, log, tokenizer)), {}
 
 
+def _check_stages(config: Config, stages: Stages, mesh: Mesh) -> None:
+    """Raises `UserError` where the batch of a stage does not divide over the mesh. Rows that are cut stay on their device."""
+    check_divides(config, mesh)
+    for stage in stages.every[:-1]:
+        data = dataclasses.replace(config.data, batch_size=stage.batch_size, seq_len=stage.seq_len)
+        try:
+            check_divides(dataclasses.replace(config, data=data), mesh)
+        except UserError as error:
+            raise UserError(f"in the warm-up's steps of {stage.batch_size} rows of {stage.seq_len} tokens, {error}") from None
+
+
 def _describe(run: Run, state: TrainState) -> None:
     c, mesh = run.config, run.mesh
     run.line(parameter_table(state.params))
     run.line(describe_mfu(c.model, c.data.seq_len, mesh.devices.flat[0].device_kind, mesh.size, c.metrics.peak_tflops))
     if c.evaluate.sample_tokens and (refusal := writing_refusal(c.objective)):
         run.line(f"evaluate.sample_tokens={c.evaluate.sample_tokens} has no effect: {refusal}")
-    run.line(f"{run.lengths.total:,} steps of {c.tokens_per_step:,} tokens: {run.lengths.total / run.epoch_steps:.2f} epochs.")
+    total = run.lengths.total
+    run.line(f"{total:,} steps of {c.tokens_per_step:,} tokens: {run.stages.batches(total) / run.epoch_steps:.2f} epochs.")
+    for stage in run.stages.every if len(run.stages.every) > 1 else ():
+        run.line(f"from step {stage.first_step + 1:,}: {stage.batch_size:,} rows a step, cut to {stage.seq_len:,} tokens.")
 
 
-def _batches(run: Run, start_step: int) -> Iterator[dict[str, jax.Array]]:
-    with use_rules(run.config.mesh):
+def _batches(run: Run, start_step: int) -> Iterator[tuple[Callable[..., Any], dict[str, jax.Array]]]:
+    """(compiled step, batch) of each step after `start_step`, without end."""
+    c, step = run.config, start_step
+    with use_rules(c.mesh):
         sharding = batch_sharding(run.mesh)
-    size = run.config.data.batch_size
-    for batch in train_batches(run.config, run.dataset.train, start_step, hosts.batch_rows(sharding, size)):
-        yield hosts.place_batch(sharding, batch, size)
+    while True:
+        stage = run.stages.at(step)
+        config = c.at_stage(stage)
+        size, pieces = config.data.batch_size, config.data.batch_size // stage.batch_size
+        share = np.unique(hosts.batch_rows(sharding, size) // pieces)
+        train_step = make_train_step(config, run.lengths, run.mesh)
+        for batch in train_batches(c, run.dataset.train, step, share, run.watch.skipped_rows):
+            yield train_step, hosts.place_batch(sharding, batch, size)
+            step += 1
 
 
 def _steps(run: Run, state: TrainState) -> TrainState:
-    """From the state's step to the end. The metrics of a step are read only after the next one is under way."""
-    config, start_step = run.config, int(state.step)
-    train_step = make_train_step(config, run.lengths, run.mesh)
+    """From the state's step to the end. The metrics of a step are read only after the next one is under way. Raises `Spike`."""
+    start_step = int(state.step)
     batches, vote = _batches(run, start_step), hosts.StopVote(run.mesh)
     evaluated = hosts.from_process_0(run.metrics.has(start_step, "eval/loss"))
     if start_step and run.is_due("evaluate", start_step) and not evaluated:
         run.figures = _evaluate(run, state, start_step)  # a stop took precedence over it
     pending: tuple[int, dict[str, jax.Array]] | None = None
     for step in range(start_step + 1, run.lengths.total + 1):
-        batch = next(batches)
-        hosts.moved("step", step, patience=1 if step > start_step + 1 else math.inf)  # the first one compiles
+        train_step, batch = next(batches)
+        compiles = step == start_step + 1 or run.stages.at(step - 1).first_step == step - 1  # the first one of its shape
+        hosts.moved("step", step, patience=math.inf if compiles else 1)
         state, metrics = train_step(state, batch)
         told = vote(run.stop.received)
         if pending is not None:
@@ -271,7 +320,7 @@ def _steps(run: Run, state: TrainState) -> TrainState:
 
         stops = told and step < run.lengths.total
         evaluates = run.is_due("evaluate", step) and not stops
-        saves = run.is_due("checkpoint", step) or stops
+        saves = run.is_due("checkpoint", step) or run.watch.is_point(step) or stops
         if evaluates or saves:
             _read(run, *pending)
             pending = None
@@ -286,12 +335,17 @@ def _steps(run: Run, state: TrainState) -> TrainState:
 
 
 def _read(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Waits for a step's metrics, writes the row that is due, and ends a run whose gradients are not finite any more."""
+    """Waits for a step's metrics, writes the row that is due, and ends a run whose gradients are not finite any more.
+
+    Raises `Spike` where the step completes one.
+    """
     c = run.config
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
     if values["nonfinite_streak"]:
         _check_finite(run, step, values["nonfinite_streak"])
-    tokens = step * c.tokens_per_step
+    if rewind := run.watch.see(step, values[c.train.spike_metric]):
+        raise Spike(rewind)
+    tokens, stage = run.tokens(step), run.stages.at(step - 1)
     run.line.step(step, tokens, values["loss"])
     if not run.is_due("metrics", step, default=10):
         return
@@ -307,18 +361,19 @@ def _read(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
         "learning_rate": values["learning_rate"],
         "nonfinite_steps": values["nonfinite_steps"],
         "tokens_per_second": rate,
-        "mfu": mfu(rate, flops_per_token(c.model, c.data.seq_len), run.mesh.size, peak),
+        "mfu": mfu(rate, flops_per_token(c.model, stage.seq_len), run.mesh.size, peak),
         "seconds": run.seconds,
     } | {name: value for name, value in values.items() if name.startswith(("moe/", "heads/"))}
-    for source, figures in mixture_figures(c, run.dataset.train, step * c.data.batch_size).items():
+    if len(run.stages.every) > 1:
+        row |= {"batch_size": stage.batch_size, "seq_len": stage.seq_len}
+    for source, figures in mixture_figures(c, run.dataset.train, run.rows(step)).items():
         row |= {f"mixture/{source}/{name}": value for name, value in figures.items()}
     run.metrics.write(row)
     run.line.row(row)
 
 
 def _check_finite(run: Run, step: int, streak: int) -> None:
-    documents = batch_documents(run.config, run.dataset.train, step - 1)
-    named = ", ".join(documents[:8]) + (f" and {len(documents) - 8} more" if len(documents) > 8 else "")
+    named = _documents(run, step)
     run.line(f"step {step}: the gradient is not finite; the parameters are left as they were ({streak} in a row; {named}).")
     limit = run.config.train.max_nonfinite_steps
     if streak >= limit:
@@ -328,13 +383,48 @@ def _check_finite(run: Run, step: int, streak: int) -> None:
         )
 
 
+def _documents(run: Run, step: int) -> str:
+    documents = batch_documents(run.config, run.dataset.train, step - 1, run.watch.skipped_rows)
+    return ", ".join(documents[:8]) + (f" and {len(documents) - 8} more" if len(documents) > 8 else "")
+
+
+def _go_back(run: Run, rewind: Rewind) -> tuple[TrainState, dict[str, Any]]:
+    """The state before a spike, and what is to be known of it. Nothing is lost to a kill until the first checkpoint behind it is
+    written: the run then finds the spike once more.
+    """
+    hosts.moved("its way back", patience=10)
+    name, step = run.config.train.spike_metric, rewind.found_at
+    taken = run.stages.rows(step) - run.stages.rows(rewind.back_to)
+    taken += run.config.train.spike_skip_steps * run.stages.at(step - 1).batch_size
+    value = "not finite" if rewind.value is None else f"{rewind.value:.4g}"
+    run.line(
+        f"step {step}: the {name.replace('_', ' ')} is {value}, above {rewind.limit:.4g} since step {rewind.first_bad}; going "
+        f"back to step {rewind.back_to} and passing over {taken:,} rows ({_documents(run, rewind.first_bad)})."
+    )
+    restored = run.checkpoints.restore(abstract_state(run.config, run.lengths, run.mesh), rewind.back_to)
+    assert restored is not None
+    before = Watch.restored(run.config, restored.metadata["spikes"])
+    watch = run.watch.after(rewind, run.watch.skipped_rows + taken, before)
+    run.checkpoints.go_back(rewind.back_to)
+    return restored.state, restored.metadata | {"spikes": watch.saved(), "seconds": run.seconds}
+
+
+def _keep_rewind(run: Run, state: TrainState) -> None:
+    """Writes the row of a rewind, and the checkpoint that it went back to anew, with the rows to pass over."""
+    rewind, number = run.watch.rewinds[-1], len(run.watch.rewinds)
+    if not run.metrics.has(rewind.back_to, f"rewind_{number}/found_at"):  # a kill came between it and the checkpoint
+        found = {f"rewind_{number}/{name}": getattr(rewind, name) for name in ("found_at", "first_bad", "skipped_rows")}
+        run.metrics.write({"step": rewind.back_to, "tokens": run.tokens(rewind.back_to)} | found)
+    _save(run, state, rewind.back_to)
+
+
 def _evaluate(run: Run, state: TrainState, step: int) -> dict[str, Any]:
     """Writes the evaluation's row and sample; the last evaluation of a run is over the whole split."""
     c = run.config
     params = evaluation_params(c, state)
     with run.line.paused("evaluating"):
         figures = evaluate(c, params, run.dataset, run.mesh, 0 if step == run.lengths.total else c.evaluate.max_batches)
-        row = {"step": step, "tokens": step * c.tokens_per_step} | {f"eval/{name}": value for name, value in figures.items()}
+        row = {"step": step, "tokens": run.tokens(step)} | {f"eval/{name}": value for name, value in figures.items()}
         run.metrics.write(row)
         run.line.row(row)
         if c.evaluate.sample_tokens and writing_part(c.objective) is not None:
@@ -366,11 +456,13 @@ def _save(run: Run, state: TrainState, step: int) -> None:
 
     What else than the state a checkpoint holds: where the data goes on, and the evaluation where the run is at its end.
     """
-    about = {"data": {"next_step": step}, "seconds": run.seconds, "eval": run.figures, "config": to_dict(run.config)}
-    about["tokenizer"] = run.dataset.tokenizer.encoding_fingerprint
+    about = {"data": {"next_step": step, "next_row": run.rows(step)}, "seconds": run.seconds, "eval": run.figures}
+    about |= {"config": to_dict(run.config), "tokenizer": run.dataset.tokenizer.encoding_fingerprint}
+    if run.config.train.spike_threshold:
+        about["spikes"] = run.watch.saved()
     hosts.moved("checkpoint", step, patience=10)
     run.metrics.sync()
-    run.checkpoints.save(step, state, about)
+    run.checkpoints.save(step, state, about, held=run.watch.held(step))
 
 
 def _stop(run: Run, step: int, signal_number: int) -> None:
@@ -394,12 +486,13 @@ def _finish(run: Run, state: TrainState) -> dict[str, Any]:
     result = {
         "eval": run.figures,
         "steps": total,
-        "tokens": total * run.config.tokens_per_step,
+        "tokens": run.tokens(total),
         "seconds": round(run.seconds, 3),
         "nonfinite_steps": int(state.nonfinite_steps),
+        "rewinds": run.watch.saved()["rewinds"],
         "state_sha256": state_sha256(state),
     } | environment()
-    sources = mixture_figures(run.config, run.dataset.train, total * run.config.data.batch_size)
+    sources = mixture_figures(run.config, run.dataset.train, run.rows(total))
     if sources:
         result["mixture"] = sources
     if not hosts.is_primary():

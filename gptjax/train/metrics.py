@@ -1,4 +1,4 @@
-"""What a run says: `metrics.jsonl` always, TensorBoard and Weights & Biases on request, the live line, the loss curve.
+"""What a run says: `metrics.jsonl` always, TensorBoard and Weights & Biases on request, the live line.
 
 A row is a flat dict. The names that others read:
 
@@ -266,9 +266,17 @@ class LiveLine:
     It is called with a text to log: the text goes above the line. Use it as the `log` of everything that runs beside it.
     """
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        total_steps: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        total_tokens: int | None = None,
+    ):
+        """`total_tokens`: of the whole run, which tell the time left, since steps need not be of one size; None: steps do."""
         self._stream = sys.stderr if stream is None else stream
         self._total, self._clock = total_steps, clock
+        self._total_tokens, self._tokens = total_tokens, 0
         self._is_terminal = self._stream.isatty() and os.environ.get("TERM", "") != "dumb"
         self._lock = threading.RLock()  # checkpoints are written, and log, in threads of their own
         self._step, self._loss, self._saved, self._activity = 0, math.nan, 0, ""
@@ -285,6 +293,7 @@ class LiveLine:
     def step(self, step: int, tokens: int, loss: float | None = None) -> None:
         """After each step: `step` steps and `tokens` tokens are done in all, the latest known loss is `loss`."""
         self.rate.tick(step, tokens)
+        self._tokens = tokens
         self._step, self._loss = step, self._loss if loss is None else loss
         self._draw()
 
@@ -349,9 +358,14 @@ class LiveLine:
             parts += [f"{name} {float(row[name]):.4f}" for name in ("train/loss", "eval/loss") if name in row]
         tokens, steps = self.rate.tokens_per_second, self.rate.steps_per_second
         parts.append(f"{format_count(tokens)} tokens/s" if tokens else "- tokens/s")
-        parts.append(f"ETA {format_seconds((self._total - self._step) / steps)}" if steps else "ETA -")
+        parts.append(f"ETA {format_seconds(self._seconds_left(steps, tokens))}" if steps and tokens else "ETA -")
         parts.append(f"saved {self._saved:,}" if self._saved else "not saved yet")
         return [*parts, self._activity] if self._activity else parts
+
+    def _seconds_left(self, steps: float, tokens: float) -> float:
+        if self._total_tokens is None:
+            return (self._total - self._step) / steps
+        return (self._total_tokens - self._tokens) / tokens
 
     def _draw(self, force: bool = False) -> None:
         with self._lock:
@@ -391,7 +405,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-# --- at the start and at the end ---
+# --- at the start ---
 
 
 def parameter_table(params: Any) -> str:
@@ -415,79 +429,3 @@ def parameter_table(params: Any) -> str:
     ]
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-
-def draw_loss_curve(workdir: pathlib.Path, log: Log = log_to_stderr) -> pathlib.Path | None:
-    """Draws `workdir/loss_curve.png` from `workdir/metrics.jsonl`: loss in nats a token over steps, and over tokens on top.
-
-    None, with one sentence logged, where matplotlib (extra: plot) is absent or there is nothing to draw.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        log("loss_curve.png is not drawn: it needs matplotlib, pip install 'gptjax[plot]'.")
-        return None
-    rows = read_metrics(workdir / FILE_NAME)
-    curves = {
-        name: [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-        for name in ("train/loss", "eval/loss")
-    }
-    if not any(curves.values()):
-        log(f"loss_curve.png is not drawn: {FILE_NAME} has no finite loss.")
-        return None
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    _draw_losses(axes, curves)
-    _draw_token_axis(axes, rows)
-    axes.set_title(workdir.resolve().name, loc="left", fontweight="bold", fontsize=11)
-    path = workdir / "loss_curve.png"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    canvas.print_figure(temporary, format="png")
-    temporary.replace(path)
-    return path
-
-
-def _draw_losses(axes: Any, curves: Mapping[str, list[tuple[int, float]]]) -> None:
-    train, evaluation = curves["train/loss"], curves["eval/loss"]
-    if train:
-        steps, losses = zip(*train, strict=True)
-        smooth = _smoothed(losses, window=len(losses) // 50)  # a mean over 4 % of the run
-        marker = "." if len(train) == 1 else None
-        if len(smooth) > 50:
-            axes.plot(steps, losses, color="#4c78a8", linewidth=0.6, alpha=0.5)
-        axes.plot(steps, smooth, color="#4c78a8", linewidth=1.1, marker=marker, label=f"train {smooth[-1]:.3f}")
-    if evaluation:
-        steps, losses = zip(*evaluation, strict=True)
-        best = min(range(len(losses)), key=losses.__getitem__)
-        label = f"eval {losses[-1]:.3f}" + (
-            f" (lowest {losses[best]:.3f}, step {steps[best]:,})" if best < len(losses) - 1 else ""
-        )
-        axes.plot(steps, losses, color="#e45756", linewidth=1.1, marker="o", markersize=4, markeredgecolor="white", label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(frameon=False)
-
-
-def _smoothed(values: tuple[float, ...], window: int) -> list[float]:
-    """Means over `window` values on either side, fewer towards the ends, so that neither end is pulled to one side."""
-    reaches = [min(window, index, len(values) - 1 - index) for index in range(len(values))]
-    return [sum(values[i - reach : i + reach + 1]) / (2 * reach + 1) for i, reach in enumerate(reaches)]
-
-
-def _draw_token_axis(axes: Any, rows: list[dict[str, Any]]) -> None:
-    counted = [row for row in rows if row["step"] and row.get("tokens")]
-    if not counted:
-        return
-    tokens_per_step = counted[-1]["tokens"] / counted[-1]["step"]
-    top = axes.secondary_xaxis("top", functions=(lambda step: step * tokens_per_step, lambda tokens: tokens / tokens_per_step))
-    top.set_xlabel("tokens")
-    top.xaxis.set_major_formatter(lambda value, _: format_count(value).replace(".00", "") if value >= 0 else "")
-    top.spines["top"].set_visible(False)

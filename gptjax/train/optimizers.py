@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.config import Config, OptimizerConfig, UserError
+from gptjax.train import state_precision
 from gptjax.train.groups import (
     decay_multipliers,
     hide_frozen,
@@ -38,8 +39,9 @@ class Lengths(NamedTuple):
     def of(cls, config: Config, steps_per_epoch: float) -> Lengths:
         total = config.duration("train", "duration", steps_per_epoch)
         warmup = config.duration("optimizer", "warmup", steps_per_epoch)
-        decay = config.duration("optimizer", "decay", steps_per_epoch, default=total)
         name = config.optimizer.schedule
+        until = total if name == "wsd" else None
+        decay = config.duration("optimizer", "decay", steps_per_epoch, default=total, until=until)
         if warmup > total:
             raise UserError(f"optimizer.warmup is {warmup} steps, longer than the run's {total}.")
         if name in ("cosine", "linear") and decay <= warmup < total:
@@ -333,7 +335,8 @@ OPTIMIZERS: dict[str, Callable[[Config, Schedule, int], optax.GradientTransforma
 
 def make_optimizer(config: Config, schedule: Schedule, total_steps: int) -> optax.GradientTransformation:
     """Gradients, already averaged and clipped, to updates. Only "sophia" takes more: `curvature`, a tree like them."""
-    return trained_only(config, OPTIMIZERS[config.optimizer.name](config, schedule, total_steps))
+    rule = OPTIMIZERS[config.optimizer.name](config, schedule, total_steps)
+    return trained_only(config, state_precision.in_dtype(rule, config.optimizer.state_dtype))
 
 
 def evaluation_params(config: Config, state: Any) -> Any:

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from gptjax import config as config_lib
 from gptjax.config import Config, ModelConfig, UserError
+from gptjax.data.reserved import text_tokenizer
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_folder
 from gptjax.generate import weights
 from gptjax.interop import huggingface
@@ -23,7 +26,7 @@ from gptjax.train.checkpoints import Checkpoints
 from gptjax.train.optimizers import Lengths, evaluation_params
 from gptjax.train.run import named_leaves
 from gptjax.train.state import TrainState
-from gptjax.train.step import abstract_state
+from gptjax.train.step import abstract_state, init_params
 
 # A schedule's lengths don't change the shape of any state.
 ANY_LENGTHS = Lengths(total=1, warmup=0, decay=1)
@@ -143,6 +146,8 @@ def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None], token
     if tokenizer is not None:
         _check_same_tokenizer(folder, theirs, tokenizer, log)
     wanted = abstract_state(config, ANY_LENGTHS, mesh).params
+    if theirs is not None and tokenizer is not None and theirs.vocab_size < tokenizer.vocab_size:
+        params = _with_new_tokens(config, params, wanted, log)
     _check_fit(folder, params, wanted)
     log(f"initial parameters from {folder}.")
     return jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, wanted)
@@ -153,7 +158,7 @@ def _check_same_tokenizer(folder: pathlib.Path, theirs: Tokenizer | None, ours: 
     if theirs is None:
         log(f"{folder} has no tokenizer: whether its model was trained with this run's cannot be told.")
         return
-    if not theirs.has_ids_of(ours):
+    if not (theirs.has_ids_of(ours) or theirs.has_ids_of(text_tokenizer(ours))):
         raise UserError(
             f"init_from={folder} was trained with another tokenizer ({theirs.kind}, {theirs.vocab_size} ids) than this run's "
             f"({ours.kind}, {ours.vocab_size} ids); set data.tokenizer and data.tokenizer_path to that one."
@@ -167,6 +172,28 @@ def _check_multipliers(folder: pathlib.Path, theirs: ModelConfig, ours: ModelCon
             names = ("parameterization", "mup_base_dim", "mup_base_head_dim")
             here, there = (", ".join(f"model.{name}={getattr(c, name)}" for name in names) for c in (ours, theirs))
             raise UserError(f"init_from={folder} was trained with {there}; with {here} its parameters compute something else.")
+
+
+def _with_new_tokens(config: Config, params: Any, wanted: Any, log: Callable[[str], None]) -> Any:
+    """The parameters with rows of `train.seed` for the tokens that the objective has and their model had not: where a table of a
+    row a token has fewer rows than wanted.
+    """
+    fresh = nn.unbox(init_params(config, jnp.uint32(config.train.seed)))
+    theirs, ours = named_leaves(params).keys(), named_leaves(wanted).keys()
+    if theirs != ours:  # `_check_fit` says how
+        return params
+    rows = config.model.vocab_size
+
+    def grown(theirs: Any, like: Any, new: Any) -> Any:
+        short = [axis for axis, (a, b) in enumerate(zip(theirs.shape, like.shape, strict=False)) if a < b == rows]
+        if theirs.ndim != like.ndim or len(short) != 1:
+            return theirs
+        (axis,) = short
+        log(f"{rows - theirs.shape[axis]} tokens of objective.name={config.objective.name} are new: their rows are random.")
+        rest = jax.lax.slice_in_dim(new, theirs.shape[axis], rows, axis=axis)
+        return jnp.concatenate([jnp.asarray(theirs), rest.astype(theirs.dtype)], axis=axis)
+
+    return jax.tree.map(grown, params, wanted, fresh)
 
 
 def _check_fit(folder: pathlib.Path, params: Any, wanted: Any) -> None:

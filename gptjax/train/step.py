@@ -22,6 +22,7 @@ from gptjax.model import primitives
 from gptjax.model.decoder import Decoder, output_table
 from gptjax.model.experts import RouterStats, router_losses
 from gptjax.parallel.sharding import batch_sharding, laid_over, parameter_shardings, replicated, use_rules
+from gptjax.train import state_precision
 from gptjax.train.groups import check_patterns, keep_frozen, without_frozen
 from gptjax.train.loss import sampled_targets, softmax_cross_entropy
 from gptjax.train.objectives import OBJECTIVES, Example, further_ahead
@@ -60,12 +61,12 @@ def state_shardings(config: Config, lengths: Lengths, mesh: Mesh) -> TrainState:
     with use_rules(config.mesh):
         shardings = parameter_shardings(boxed, mesh)
     abstract = jax.eval_shape(lambda: _new_state(config, lengths, nn.unbox(init_params(config, jnp.uint32(0))), jnp.uint32(0)))
-    by_path = {
-        tuple(path): (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(shardings), strict=True
-        )
-    }
+    by_path = {}
+    for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(shardings), strict=True
+    ):
+        by_path[tuple(path)] = leaf.shape, sharding
+        by_path |= {(*path, *part): (shape, laid) for part, shape, laid in state_precision.placed(leaf.shape, sharding)}
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
         suffixes = (tuple(path[start:]) for start in range(len(path)))

@@ -18,7 +18,7 @@ import pytest
 from flax import linen as nn
 
 from gptjax import config as config_lib
-from gptjax.train import metrics
+from gptjax.train import curve, metrics
 
 CONFIG = config_lib.from_dict({"train": {"duration_steps": 100}})
 
@@ -376,7 +376,7 @@ def write_losses(workdir: pathlib.Path, count: int) -> None:
 def test_loss_curve(tmp_path, count):
     image = pytest.importorskip("matplotlib.image")
     write_losses(tmp_path, count)
-    path = metrics.draw_loss_curve(tmp_path)
+    path = curve.draw_loss_curve(tmp_path)
     assert path == tmp_path / "loss_curve.png" and sorted(p.name for p in tmp_path.iterdir()) == [
         "loss_curve.png",
         "metrics.jsonl",
@@ -393,14 +393,14 @@ def test_loss_curve_without_matplotlib_or_rows_is_one_sentence(tmp_path, without
     log: list[str] = []
     with metrics.MetricsWriter(tmp_path, CONFIG) as writer:
         writer.write({"step": 1, "train/loss": math.nan})
-    assert metrics.draw_loss_curve(tmp_path, log.append) is None
+    assert curve.draw_loss_curve(tmp_path, log.append) is None
     without("matplotlib")
-    assert metrics.draw_loss_curve(tmp_path, log.append) is None
+    assert curve.draw_loss_curve(tmp_path, log.append) is None
     assert "no finite loss" in log[0] and "gptjax[plot]" in log[1] and len(log) == 2
 
 
 def test_smoothing_is_a_mean_that_keeps_a_straight_line_straight():
     line = tuple(float(x) for x in range(20))
-    assert metrics._smoothed(line, 4) == pytest.approx(line)
+    assert curve._smoothed(line, 4) == pytest.approx(line)
     alternating = tuple(itertools.islice(itertools.cycle([0.0, 1.0]), 21))
-    assert metrics._smoothed(alternating, 1)[10] == pytest.approx(2 / 3)
+    assert curve._smoothed(alternating, 1)[10] == pytest.approx(2 / 3)

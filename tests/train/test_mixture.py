@@ -85,7 +85,7 @@ def test_each_source_is_evaluated_and_all_together(finished, capsys):
     assert cli.main(["evaluate", f"--workdir={finished}", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     result = json.loads((finished / "result.json").read_text())["eval"]
-    assert figures == result | {"step": 12}
+    assert figures.items() >= (result | {"step": 12}).items()
     last = read_metrics(finished / "metrics.jsonl")[-1]
     assert {key.removeprefix("eval/"): value for key, value in last.items() if key.startswith("eval/")} == result
     config = from_json(finished / "config.json")
