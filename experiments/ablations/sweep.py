@@ -42,11 +42,12 @@ ABLATIONS = {
 
 
 def get_sweep(arg: str = ""):
-    if arg not in ABLATIONS:
-        raise UserError(f"experiments/ablations/sweep.py needs one of {', '.join(ABLATIONS)} after a colon, not {arg!r}.")
+    """One of `ABLATIONS`; all of them where none is named."""
+    if arg not in ("", *ABLATIONS):
+        raise UserError(f"experiments/ablations/sweep.py has no ablation {arg!r}; it has {', '.join(ABLATIONS)}.")
     return Sweep(
         recipe=RECIPE,
-        space=grid(ABLATIONS[arg], seeds(3)),
+        space=grid(ABLATIONS[arg] if arg else chain(*ABLATIONS.values()), seeds(3)),
         overrides={"evaluate.sample_tokens": 0},
         timeout=3600,
     )
