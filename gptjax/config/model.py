@@ -121,7 +121,10 @@ class ModelConfig:
     kv_latent_dim: int = knob(0, "latent: width of the vector that keys and values are made of.", at_least=0)
     query_latent_dim: int = knob(0, "latent: width of a vector that queries are made of; 0: of the residual stream.", at_least=0)
     rotary_head_dim: int = knob(
-        0, "latent: width of what rotary positions turn, beside head_dim in each query and in one key for all heads.", at_least=0
+        0,
+        "latent: width of what rotary positions turn, beside head_dim in each query and in one key for all heads; "
+        "0: half of head_dim where positions are rotary.",
+        at_least=0,
     )
     attention_bias: bool = knob(
         True, "Biases on the query, key, value and output projections; not on latent's maps out of small vectors."
@@ -336,15 +339,22 @@ def derive(model: ModelConfig) -> ModelConfig:
         head_dim=model.head_dim or model.model_dim // model.num_heads,
         mlp_dim=model.mlp_dim or 4 * model.model_dim,
     )
+    if model.attention_kind == "latent" and "rotary" in patterns.positions(model):
+        model = dataclasses.replace(model, rotary_head_dim=model.rotary_head_dim or _half(model.head_dim))
     if model.num_experts:
         model = dataclasses.replace(model, expert_mlp_dim=model.expert_mlp_dim or model.mlp_dim)
     return model
 
 
+def _half(head_dim: int) -> int:
+    """Of an even number, as rotary positions turn pairs."""
+    return max(2, head_dim // 4 * 2)
+
+
 def underived(model: ModelConfig) -> ModelConfig:
     """The sizes that follow from others set back to 0."""
     own = {"num_kv_heads": model.num_heads, "head_dim": model.model_dim // model.num_heads, "mlp_dim": 4 * model.model_dim}
-    own["expert_mlp_dim"] = model.mlp_dim
+    own |= {"expert_mlp_dim": model.mlp_dim, "rotary_head_dim": _half(model.head_dim)}
     follow: dict[str, Any] = {name: 0 for name, size in own.items() if getattr(model, name) == size}
     return dataclasses.replace(model, **follow)
 
@@ -409,6 +419,8 @@ def _check_block(config: Config) -> None:
 
 def _check_t5(model: ModelConfig) -> None:
     if "t5" not in patterns.positions(model):
+        if model.t5_bidirectional:
+            raise UserError(f"model.t5_bidirectional=True needs model.position=t5, but model.position={model.position}.")
         return
     sides = 2 if model.t5_bidirectional else 1
     if model.t5_num_buckets % (2 * sides):
@@ -465,10 +477,10 @@ def _check_rotary(model: ModelConfig) -> None:
         return
     if model.attention_kind != "latent" and model.head_dim % 2:
         raise UserError(f"rotary positions need an even model.head_dim, not {model.head_dim}.")
-    if model.attention_kind == "latent" and (model.rotary_head_dim % 2 or not model.rotary_head_dim):
+    if model.attention_kind == "latent" and model.rotary_head_dim % 2:
         raise UserError(
-            f"model.attention_kind=latent with model.position=rotary needs an even model.rotary_head_dim of at least 2, "
-            f"not {model.rotary_head_dim}."
+            f"model.attention_kind=latent with model.position=rotary needs an even model.rotary_head_dim, not "
+            f"{model.rotary_head_dim}."
         )
     if model.rotary_dim % 2 or not model.rotary_dim:
         raise UserError(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gptjax.config import ModelConfig, UserError, attention_refusal
+from gptjax.config import PRODUCT_SCORES, ModelConfig, UserError, attention_refusal
 from gptjax.model import primitives
 from gptjax.model.biases import DISTANCE_BIASES, by_distance, of_block
 from gptjax.model.blockwise import blockwise_attention, by_group, sink
@@ -210,6 +210,8 @@ def choose_backend(config: ModelConfig, length: int, context: int = 1, prefix: b
         return config.attention
     plain_cpu = platform == "cpu" and not primitives.hand_written()
     order = AUTO["other" if plain_cpu or platform not in AUTO else platform]
+    if config.attention_score not in PRODUCT_SCORES:
+        order = ("blockwise", "dense")  # no product to fuse with, so nothing is gained by holding a square of scores
     refusals = {name: attention_refusal(config, name, length, context, prefix) for name in order}
     able = [name for name, refusal in refusals.items() if not refusal]
     if not able:

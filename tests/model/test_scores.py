@@ -362,7 +362,7 @@ def test_a_score_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = np.eye(2) * 1e-5
     slopes = [(by_hand(p["sharpness"] + step) - by_hand(p["sharpness"] - step)) / 2e-5 for step in steps]
     for backend in ("dense", "blockwise"):
-        value, gradient = jax.value_and_grad(run)(params, backend)
+        value, gradient = jax.jit(jax.value_and_grad(run), static_argnums=1)(params, backend)
         np.testing.assert_allclose(value, by_hand(p["sharpness"]), rtol=1e-5)
         np.testing.assert_allclose(gradient["sharpness"], slopes, rtol=1e-4, atol=1e-7)
     with pytest.raises(UserError, match="attention=xla cannot do model.attention_score=near; dense and blockwise can"):
@@ -370,12 +370,12 @@ def test_a_score_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_additive_score_holds_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 4096 queries and keys, forward and backward: less at once than one number a pair, let alone one vector."""
+    """Of 4096 queries and keys, both passes: less at once than one number a pair, or than one vector a pair of a block."""
     monkeypatch.setattr(scores, "_MOST", 2**14)
-    config = ModelConfig(vocab_size=5, num_heads=1, num_kv_heads=1, head_dim=16, mlp_dim=8, attention="blockwise")
+    config = ModelConfig(vocab_size=5, num_heads=1, num_kv_heads=1, head_dim=32, mlp_dim=8, attention="blockwise")
     config = dataclasses.replace(config, attention_score="additive")
-    q = jax.ShapeDtypeStruct((1, 4096, 1, 16), jnp.float32)
-    learned = {"score_vector": jax.ShapeDtypeStruct((1, 16), jnp.float32)}
+    q = jax.ShapeDtypeStruct((1, 4096, 1, 32), jnp.float32)
+    learned = {"score_vector": jax.ShapeDtypeStruct((1, 32), jnp.float32)}
     gradient = jax.grad(lambda q, k, v, learned: attend(config, q, k, v, learned=learned).sum(), (0, 1, 2, 3))
     compiled = jax.jit(gradient, compiler_options={"xla_backend_optimization_level": 0}).lower(q, q, q, learned).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 4
@@ -412,8 +412,12 @@ def test_products_go_to_every_backend() -> None:
             {"position": "t5", "t5_num_buckets": 6, "t5_bidirectional": True},
             "must be a multiple of 4 where model.t5_bidirectional",
         ),
+        ({"t5_bidirectional": True}, "model.t5_bidirectional=True needs model.position=t5, but model.position=learned"),
         ({"position": "t5", "t5_max_distance": 16}, "model.t5_max_distance=16 must be more than 16, the distances that have"),
-        ({"position": "alibi", "rope_scaling": "yarn"}, "model.rope_scaling=yarn needs model.position=rotary, not alibi"),
+        (
+            {"position": "alibi", "rope_scaling": "yarn"},
+            "yarn needs model.position=rotary, but model.position=alibi",
+        ),
     ],
     ids=str,
 )
