@@ -23,7 +23,7 @@ from gptjax.config.door import (
     walk,
 )
 from gptjax.config.knobs import UserError, duration, knob
-from gptjax.config.model import ATTENTION_CAPABILITIES, ModelConfig, attention_refusal
+from gptjax.config.model import ATTENTION_CAPABILITIES, DISTANCE_POSITIONS, PRODUCT_SCORES, ModelConfig, attention_refusal
 from gptjax.config.objective import ObjectiveConfig
 from gptjax.config.optimizer import OptimizerConfig
 from gptjax.config.run import CheckpointConfig, EvaluateConfig, MeshConfig, MetricsConfig, TrainConfig
@@ -45,6 +45,8 @@ __all__ = [
     "duration",
     "knob",
     "ATTENTION_CAPABILITIES",
+    "DISTANCE_POSITIONS",
+    "PRODUCT_SCORES",
     "attention_refusal",
     "ModelConfig",
     "DataConfig",

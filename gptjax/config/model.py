@@ -28,7 +28,19 @@ class ModelConfig:
     norm: str = knob("layernorm", "Normalisation before each sub-layer and at the end.", choices=("layernorm", "rmsnorm"))
     norm_epsilon: float = knob(1e-5, "Added to the variance.", above=0)
     norm_bias: bool = knob(True, "LayerNorm has a bias (RMSNorm never has one).")
-    position: str = knob("learned", "How a token knows its place.", choices=("learned", "rotary", "none"))
+    position: str = knob(
+        "learned",
+        "How a token knows its place. alibi (Press et al., 2021): scores fall with the distance, at a fixed slope for each head; "
+        "t5 (Raffel et al., 2020): a learned number for each bucket of distances is added to them, in each layer its own.",
+        choices=("learned", "rotary", "alibi", "t5", "none"),
+    )
+    t5_num_buckets: int = knob(
+        32, "t5: buckets of distances; half of them hold one distance each, the others grow with its logarithm.", at_least=2
+    )
+    t5_max_distance: int = knob(128, "t5: distances from here on share the last bucket.", at_least=2)
+    t5_bidirectional: bool = knob(
+        False, "t5: half of the buckets are for keys that come after the query: for objectives that look ahead."
+    )
     rope_base: float = knob(10000.0, "Base of the rotary frequencies.", above=1)
     rotary_fraction: float = knob(1.0, "Share of each head that rotary positions turn, from its front.", above=0, at_most=1)
     rope_scaling: str = knob(
@@ -99,8 +111,29 @@ class ModelConfig:
         "Attention backend; auto takes the platform's first that can do what is asked.",
         choices=("auto", "dense", "blockwise", "xla", "cudnn", "splash"),
     )
+    attention_score: str = knob(
+        "scaled_dot",
+        "How a query meets a key: scaled_dot, their product over sqrt(head_dim); dot, their product; cosine, that of their "
+        "directions times a learned temperature for each head (Henry et al., 2020); additive, v tanh(query + key) with a learned "
+        "v for each head (Bahdanau et al., 2015).",
+        choices=("scaled_dot", "dot", "cosine", "additive"),
+    )
     attention_window: int = knob(0, "Latest tokens that a query sees, its own included; 0: all.", at_least=0)
-    attention_softcap: float = knob(0.0, "Scores become cap * tanh(score / cap), as in Gemma 2; 0: off.", at_least=0)
+    attention_softcap: float = knob(
+        0.0, "Scores become cap * tanh(score / cap), as in Gemma 2, before positions are added to them; 0: off.", at_least=0
+    )
+    attention_sink: str = knob(
+        "none",
+        "learned: a number for each head stands among the scores and takes weight to no token, as in gpt-oss (after Xiao et al., "
+        "2023).",
+        choices=("none", "learned"),
+    )
+    attention_sink_tokens: int = knob(
+        0,
+        "First tokens of each text that stay visible to all after them whatever attention_window says, as in StreamingLLM "
+        "(Xiao et al., 2023).",
+        at_least=0,
+    )
 
     @property
     def rotary_dim(self) -> int:
@@ -108,15 +141,24 @@ class ModelConfig:
         return int(self.head_dim * self.rotary_fraction)
 
 
-# What each attention backend can do besides causal attention over packed segments with grouped heads. "context": over a sequence
-# that mesh.context shares out. "prefix": of which some keys are seen from before them.
+# What each attention backend can do besides causal attention by (scaled) products over packed segments with grouped heads.
+# "attention_score": other scores; "distance": numbers that are added to scores by the distance. "context": over a sequence that
+# mesh.context shares out. "prefix": of which some keys are seen from before them.
+_EVERYTHING = frozenset(
+    ("attention_dropout", "attention_window", "attention_softcap", "attention_score", "attention_sink", "attention_sink_tokens")
+) | {"distance", "prefix"}
 ATTENTION_CAPABILITIES: dict[str, frozenset[str]] = {
-    "dense": frozenset({"attention_dropout", "attention_window", "attention_softcap", "prefix"}),
-    "blockwise": frozenset({"attention_dropout", "attention_window", "attention_softcap", "context"}),
+    "dense": _EVERYTHING,
+    "blockwise": _EVERYTHING | {"context"},
     "xla": frozenset({"attention_window"}),
     "cudnn": frozenset({"attention_window"}),
     "splash": frozenset({"attention_window", "attention_softcap", "context"}),
 }
+
+# Scores that are a number times the product of query and key, which every backend can do.
+PRODUCT_SCORES = ("scaled_dot", "dot", "cosine")
+# Positions that are added to scores.
+DISTANCE_POSITIONS = ("alibi", "t5")
 
 
 def attention_refusal(model: ModelConfig, backend: str, seq_len: int, context: int = 1, prefix: bool = False) -> str:
@@ -125,7 +167,11 @@ def attention_refusal(model: ModelConfig, backend: str, seq_len: int, context: i
     `context`: parts that the sequence is cut into. `prefix`: some keys are seen from before them.
     """
     wanted = {name: getattr(model, name) for name in ("attention_dropout", "attention_window", "attention_softcap")}
+    wanted["attention_score"] = "" if model.attention_score in PRODUCT_SCORES else model.attention_score
+    wanted["attention_sink"] = "" if model.attention_sink == "none" else model.attention_sink
+    wanted["attention_sink_tokens"] = model.attention_sink_tokens
     needs = [(name, f"model.{name}={value}") for name, value in wanted.items() if value]
+    needs += [("distance", f"model.position={model.position}")] if model.position in DISTANCE_POSITIONS else []
     needs += [("context", f"mesh.context={context}")] if context > 1 else []
     needs += [("prefix", "attention to later tokens")] if prefix else []
     for name, key in needs:
@@ -188,8 +234,30 @@ def check(config: Config) -> None:
         )
     if model.attention != "auto" and (refusal := attention_refusal(model, model.attention, data.seq_len)):
         raise UserError(refusal)
+    if model.attention_sink_tokens and not model.attention_window:
+        raise UserError(
+            f"model.attention_sink_tokens={model.attention_sink_tokens} needs a window that they outlast, "
+            "but model.attention_window=0."
+        )
     _check_rotary(model)
+    _check_t5(model)
     _check_experts(config)
+
+
+def _check_t5(model: ModelConfig) -> None:
+    if model.position != "t5":
+        return
+    sides = 2 if model.t5_bidirectional else 1
+    if model.t5_num_buckets % (2 * sides):
+        raise UserError(
+            f"model.t5_num_buckets={model.t5_num_buckets} must be a multiple of {2 * sides} where "
+            f"model.t5_bidirectional={model.t5_bidirectional}: half of each direction's buckets hold one distance each."
+        )
+    if model.t5_max_distance <= (exact := model.t5_num_buckets // (2 * sides)):
+        raise UserError(
+            f"model.t5_max_distance={model.t5_max_distance} must be more than {exact}, the distances that have buckets of their "
+            f"own with model.t5_num_buckets={model.t5_num_buckets}."
+        )
 
 
 def _check_rotary(model: ModelConfig) -> None:

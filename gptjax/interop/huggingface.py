@@ -178,6 +178,8 @@ def _what_counts(config: ModelConfig) -> dict[str, Any]:
             del values[name]
     if not rotary:
         del values["rope_base"]
+    if config.position != "t5":
+        values = {name: value for name, value in values.items() if not name.startswith("t5_")}
     if "rope_original_max_seq_len" in values:
         values["rope_original_max_seq_len"] = config.rope_original_max_seq_len or config.max_seq_len
     values["norm_bias"] = config.norm_bias and config.norm != "rmsnorm"

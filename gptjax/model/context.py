@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.model import primitives
-from gptjax.model.blockwise import Options, backward_block, drop, scores, values
+from gptjax.model.blockwise import Keys, Options, backward_block, by_group, drop, scores, sink, values, with_sink
+from gptjax.model.scores import Learned
 
 # Queries, and keys, of one visit at most: scores of 512 x 512 floats a head take 1 MiB.
 _LARGEST_BLOCK = 512
@@ -52,6 +53,11 @@ def context_attention(
     shared: Shared,
     *,
     segment_ids_BT: jax.Array | None = None,
+    prefix_BT: jax.Array | None = None,
+    anchors_BT: jax.Array | None = None,
+    learned: Learned | None = None,
+    scale: float | None = None,
+    function: str = "",
     dropout_rate: float = 0.0,
     dropout_keys: jax.Array | None = None,
     first_head: jax.Array | int = 0,
@@ -60,14 +66,16 @@ def context_attention(
 ) -> jax.Array:
     """As `blockwise_attention`, of this device's part of each row ([B, T / c, ...] throughout) to its part of the result.
 
-    `dropout_keys` [B, 2] drop the weights that they drop where one device has everything; for that, `first_head` is the
-    number of this device's first query head.
+    What is learned is of this device's heads and whole along the length ("bias": [N, 2T - 1]); its gradients are of this device's
+    queries, for `shard_map` to add up. `dropout_keys` [B, 2] drop the weights that they drop where one device has everything; for
+    that, `first_head` is the number of this device's first query head.
     """
     batch, length, heads, width = q_BTNH.shape
     kv_heads = k_BTKH.shape[2]
     drops = dropout_rate > 0 and dropout_keys is not None
     size = block_size(shared.chunk)
-    options = _Zigzag(width**-0.5, True, dropout_rate if drops else 0.0, window, softcap, shared, size)
+    scale = width**-0.5 if scale is None else scale
+    options = _Zigzag(scale, True, dropout_rate if drops else 0.0, window, softcap, function, shared, size)
 
     keys_BKGT2 = None
     if drops and dropout_keys is not None:
@@ -77,8 +85,9 @@ def context_attention(
     q_BTNH = to_zigzag(q_BTNH, shared)
     q_BKGTH = q_BTNH.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    out_BKGTH = _attention(options, q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, keys_BKGT2)
-    return from_zigzag(out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width), shared)
+    keys = Keys(k_BKTH, v_BKTH, segment_ids_BT, prefix_BT, anchors_BT)
+    out_BKGTH = _attention(options, q_BKGTH, keys, by_group(learned, kv_heads), keys_BKGT2)
+    return from_zigzag(out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1), shared)
 
 
 # --- who has what --------------------------------------------------------------------------
@@ -128,26 +137,28 @@ def block_size(chunk: int) -> int:
     return next(size for size in range(min(chunk, _LARGEST_BLOCK), 0, -1) if chunk % size == 0)
 
 
-def visits(parts: int, length: int, size: int, window: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def visits(parts: int, length: int, size: int, window: int = 0, prefix: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(first, number), each [c, 2C / size]: for each device and block of its own queries, the blocks of keys that hold anything
-    which the block may see.
+    which the block may see. `prefix`: all of them, since keys that are seen from before may stand anywhere.
     """
     chunk = length // (2 * parts)
     devices = np.arange(parts)[:, None]
     within = np.arange(0, chunk, size)
     starts = np.concatenate([devices * chunk + within, (2 * parts - 1 - devices) * chunk + within], axis=1)
+    if prefix:
+        return np.zeros_like(starts, np.int32), np.full_like(starts, length // size, np.int32)
     first = np.maximum(0, starts - window + 1) // size if window else np.zeros_like(starts)
     return first.astype(np.int32), (starts // size + 1 - first).astype(np.int32)
 
 
-def _pairs(options: _Zigzag) -> jax.Array:
+def _pairs(options: _Zigzag, prefix: bool, anchors: bool) -> jax.Array:
     """int32 [visits, 2]: this device's (block of own queries, block of keys), of the same number on all devices.
 
     A window leaves the first device, whose early chunk has little before it, some to spare: it looks from its first queries at
     the row's last keys, which they may not see, so that nothing comes of it.
     """
     shared = options.shared
-    first, number = visits(shared.parts, shared.length, options.size, options.window)
+    first, number = visits(shared.parts, shared.length, options.size, 0 if anchors else options.window, prefix)
     device = jax.lax.axis_index(shared.axis)
     order = jnp.arange(number.sum(1).max())
     first_q, ends_q = jnp.asarray(first)[device], jnp.asarray(number.cumsum(1, dtype=np.int32))[device]
@@ -163,54 +174,60 @@ def _pairs(options: _Zigzag) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options, q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, keys_BKGT2):
-    return _attention_forward(options, q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, keys_BKGT2)[0]
+def _attention(options, q_BKGTH, keys: Keys, learned, keys_BKGT2):
+    return _attention_forward(options, q_BKGTH, keys, learned, keys_BKGT2)[0]
 
 
-def _attention_forward(options, q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, keys_BKGT2):
+def _attention_forward(options, q_BKGTH, keys, learned, keys_BKGT2):
     """Queries are in zig-zag order, keys, values and segments in that of the row; online softmax as in FlashAttention-2."""
-    visit = _Visitor(options, k_BKTH, v_BKTH, segment_ids_BT)
+    visit = _Visitor(options, keys)
     rows = visit.blocks((q_BKGTH, visit.own_segments, keys_BKGT2))
 
     def step(totals, pair):
-        (q_BKGtH, segments_Bt, keys_BKGt2), (k_BKSH, v_BKSH, segments_BS), places = visit(rows, pair)
+        (q_BKGtH, segments_Bt, keys_BKGt2), some, places = visit(rows, pair)
         out_BKGtH, top_BKGt, total_BKGt = (_take(x, pair[0]) for x in totals)
-        scores_BKGtS, _ = scores(options, *places, q_BKGtH, k_BKSH, segments_Bt, segments_BS)
+        scores_BKGtS, _ = scores(options, places, q_BKGtH, segments_Bt, some, learned)
         new_top_BKGt = jnp.maximum(top_BKGt, scores_BKGtS.max(-1))
         weights_BKGtS = jnp.exp(scores_BKGtS - new_top_BKGt[..., None])
         shrink_BKGt = jnp.exp(top_BKGt - new_top_BKGt)
         total_BKGt = total_BKGt * shrink_BKGt + weights_BKGtS.sum(-1)
         weights_BKGtS = drop(options, weights_BKGtS, keys_BKGt2, places[1])
-        out_BKGtH = out_BKGtH * shrink_BKGt[..., None] + values(weights_BKGtS.astype(v_BKSH.dtype), v_BKSH)
+        out_BKGtH = out_BKGtH * shrink_BKGt[..., None] + values(weights_BKGtS.astype(some.values.dtype), some.values)
         return tuple(_put(x, new, pair[0]) for x, new in zip(totals, (out_BKGtH, new_top_BKGt, total_BKGt), strict=True)), None
 
-    out = jnp.zeros(rows[0].shape, jnp.float32)
+    out = jnp.zeros((*rows[0].shape[:-1], keys.values.shape[-1]), jnp.float32)
     # A finite floor: where a block shows a query nothing, exp(-inf - floor) is 0, not NaN.
     top = jnp.full(rows[0].shape[:-1], jnp.finfo(jnp.float32).min / 2)
-    (out, top, total), _ = jax.lax.scan(step, (out, top, jnp.zeros_like(top)), visit.pairs)
-    out_BKGTH = _join((out / total[..., None]).astype(v_BKTH.dtype))
+    total = jnp.zeros_like(top)
+    if "sink_bias" in learned:  # the first that is seen: its own weight, and no value
+        top, total = jnp.broadcast_to(sink(learned), top.shape), jnp.ones_like(top)
+    (out, top, total), _ = jax.lax.scan(step, (out, top, total), visit.pairs)
+    out_BKGTH = _join((out / total[..., None]).astype(keys.values.dtype))
     lse_BKGT = _join(top + jnp.log(total))
-    return out_BKGTH, (q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, keys_BKGT2, out_BKGTH, lse_BKGT)
+    return out_BKGTH, (q_BKGTH, keys, learned, keys_BKGT2, out_BKGTH, lse_BKGT)
 
 
 def _attention_backward(options, residuals, g_BKGTH):
-    q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, keys_BKGT2, out_BKGTH, lse_BKGT = residuals
+    q_BKGTH, keys, learned, keys_BKGT2, out_BKGTH, lse_BKGT = residuals
     owed_BKGT = (g_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32)).sum(-1)
-    visit = _Visitor(options, k_BKTH, v_BKTH, segment_ids_BT)
+    visit = _Visitor(options, keys)
     rows = visit.blocks((q_BKGTH, visit.own_segments, keys_BKGT2, g_BKGTH, lse_BKGT, owed_BKGT))
 
     def step(totals, pair):
-        row, keys, places = visit(rows, pair)
-        (dq_BKGtH,), of_keys = backward_block(options, places, row, keys)
-        dq, *by_key = totals
+        row, some, places = visit(rows, pair)
+        (dq_BKGtH,), of_keys, of_both = backward_block(options, places, row, some, learned)
+        (dq, *by_key), of_all = totals
         by_key = (visit.add_to_keys(total, new, pair[1]) for total, new in zip(by_key, of_keys, strict=True))
-        return (_put(dq, _take(dq, pair[0]) + dq_BKGtH, pair[0]), *by_key), None
+        of_all = {name: total + of_both[name] for name, total in of_all.items()}
+        return ((_put(dq, _take(dq, pair[0]) + dq_BKGtH, pair[0]), *by_key), of_all), None
 
     dq = jnp.zeros(rows[0].shape, jnp.float32)
-    dk_BKSH, dv_BKSH = (jnp.zeros(x.shape, jnp.float32) for x in (visit.keys_BKSH, visit.values_BKSH))
-    (dq, dk_BKSH, dv_BKSH), _ = jax.lax.scan(step, (dq, dk_BKSH, dv_BKSH), visit.pairs)
+    dk_BKSH, dv_BKSH = (jnp.zeros(x.shape, jnp.float32) for x in (visit.whole.keys, visit.whole.values))
+    dlearned = {name: jnp.zeros(x.shape, jnp.float32) for name, x in learned.items() if name != "sink_bias"}
+    ((dq, dk_BKSH, dv_BKSH), dlearned), _ = jax.lax.scan(step, ((dq, dk_BKSH, dv_BKSH), dlearned), visit.pairs)
     dk_BKTH, dv_BKTH = (jax.lax.psum_scatter(x, options.shared.axis, scatter_dimension=2, tiled=True) for x in (dk_BKSH, dv_BKSH))
-    return _join(dq).astype(q_BKGTH.dtype), dk_BKTH.astype(k_BKTH.dtype), dv_BKTH.astype(v_BKTH.dtype), None, None
+    dkeys = Keys(dk_BKTH.astype(keys.keys.dtype), dv_BKTH.astype(keys.values.dtype), None, None, None)
+    return _join(dq).astype(q_BKGTH.dtype), dkeys, with_sink(dlearned, learned, lse_BKGT, owed_BKGT), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -219,14 +236,13 @@ _attention.defvjp(_attention_forward, _attention_backward)
 class _Visitor:
     """This device's visits to blocks of the whole row's keys and values."""
 
-    def __init__(self, options: _Zigzag, k_BKTH: jax.Array, v_BKTH: jax.Array, segment_ids_BT: jax.Array | None) -> None:
+    def __init__(self, options: _Zigzag, keys: Keys) -> None:
         shared = options.shared
         self.size = options.size
         self.places_T = own_places(shared)
-        self.pairs = _pairs(options)
-        self.keys_BKSH, self.values_BKSH = gather(k_BKTH, shared, 2), gather(v_BKTH, shared, 2)
-        self.segments_BS = None if segment_ids_BT is None else gather(segment_ids_BT, shared, 1)
-        self.own_segments = None if self.segments_BS is None else self.segments_BS[:, self.places_T]
+        self.pairs = _pairs(options, keys.prefix is not None, keys.anchors is not None)
+        self.whole = Keys(*(None if x is None else gather(x, shared, 2 if x.ndim == 4 else 1) for x in keys))
+        self.own_segments = None if self.whole.segments is None else self.whole.segments[:, self.places_T]
 
     def blocks(self, arrays: tuple) -> Any:
         """Arrays of this device's queries, cut into blocks on a leading axis; [B, T] has its places on axis 1, others on 3."""
@@ -237,15 +253,15 @@ class _Visitor:
 
         return jax.tree.map(cut, arrays)
 
-    def __call__(self, rows: Any, pair: jax.Array) -> tuple[Any, tuple, tuple[jax.Array, jax.Array]]:
-        """(arrays of the pair's queries, (keys, values, segments) of its keys, the places where the two begin)."""
+    def __call__(self, rows: Any, pair: jax.Array) -> tuple[Any, Keys, tuple[jax.Array, jax.Array]]:
+        """(arrays of the pair's queries, its keys, the places where the two begin)."""
         first_key = pair[1] * self.size
-        k_BKSH, v_BKSH = (jax.lax.dynamic_slice_in_dim(x, first_key, self.size, 2) for x in (self.keys_BKSH, self.values_BKSH))
-        segments_BS = self.segments_BS
-        if segments_BS is not None:
-            segments_BS = jax.lax.dynamic_slice_in_dim(segments_BS, first_key, self.size, 1)
+
+        def cut(x: jax.Array | None) -> jax.Array | None:
+            return None if x is None else jax.lax.dynamic_slice_in_dim(x, first_key, self.size, 2 if x.ndim == 4 else 1)
+
         row = jax.tree.map(lambda x: _take(x, pair[0]), rows)
-        return row, (k_BKSH, v_BKSH, segments_BS), (self.places_T[pair[0] * self.size], first_key)
+        return row, Keys(*map(cut, self.whole)), (self.places_T[pair[0] * self.size], first_key)
 
     def add_to_keys(self, total_BKSH: jax.Array, new_BKSH: jax.Array, block: jax.Array) -> jax.Array:
         first_key = block * self.size

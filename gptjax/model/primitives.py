@@ -153,6 +153,11 @@ def ordered_sum(x: jax.Array) -> jax.Array:
     return x_MI[:rows].reshape(*shape, 1)
 
 
+def row_sum(x: jax.Array) -> jax.Array:
+    """Sum over the last axis in float32, [...]; inside `fixed_order` by `ordered_sum`."""
+    return ordered_sum(x)[..., 0] if _fixed_order else x.astype(jnp.float32).sum(-1)
+
+
 # --- norms ---------------------------------------------------------------------------------
 
 

@@ -19,13 +19,14 @@ def splash_attention(
     v_BTKH: jax.Array,
     *,
     segment_ids_BT: jax.Array | None = None,
+    scale: float | None = None,
     window: int = 0,
     softcap: float = 0.0,
 ) -> jax.Array:
     """Causal attention of arrays that one device holds, [B, T, N, H]; arguments as `blockwise_attention`. 128 divides T."""
     kernel = _kernel(q_BTNH.shape[1], np.arange(q_BTNH.shape[1]), q_BTNH.shape[2], window, softcap)
     k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    return _run(kernel, q_BTNH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BT)
+    return _run(kernel, q_BTNH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BT, scale)
 
 
 def splash_context_attention(
@@ -35,6 +36,7 @@ def splash_context_attention(
     shared: Shared,
     *,
     segment_ids_BT: jax.Array | None = None,
+    scale: float | None = None,
     window: int = 0,
     softcap: float = 0.0,
 ) -> jax.Array:
@@ -51,7 +53,7 @@ def splash_context_attention(
         segments_BS = None if segment_ids_BT is None else gather(segment_ids_BT, shared, 1)
         segments_BT = None if segments_BS is None else segments_BS[:, own_places(shared)]
         kernel = _own_part(whole, shared)
-        out_BTNH = _run(kernel, to_zigzag(q_BTNH, shared), k_BKSH, v_BKSH, segments_BT, segments_BS)
+        out_BTNH = _run(kernel, to_zigzag(q_BTNH, shared), k_BKSH, v_BKSH, segments_BT, segments_BS, scale)
         return from_zigzag(out_BTNH, shared)
 
     return attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
@@ -108,9 +110,10 @@ def _own_part(kernel: Any, shared: Shared) -> Any:
     return type(kernel)(*infos, **kernel.kwargs)
 
 
-def _run(kernel: Any, q_BTNH: Any, k_BKSH: Any, v_BKSH: Any, segments_BT: Any, segments_BS: Any) -> jax.Array:
+def _run(kernel: Any, q_BTNH: Any, k_BKSH: Any, v_BKSH: Any, segments_BT: Any, segments_BS: Any, scale: Any) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-    q_BNTH = q_BTNH.swapaxes(1, 2) * jnp.asarray(q_BTNH.shape[-1] ** -0.5, q_BTNH.dtype)  # the kernel does not scale
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    q_BNTH = q_BTNH.swapaxes(1, 2) * jnp.asarray(scale, q_BTNH.dtype)  # the kernel does not scale
     segments = None if segments_BT is None else splash_attention_kernel.SegmentIds(segments_BT, segments_BS)
     return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments).swapaxes(1, 2)

@@ -10,7 +10,8 @@ embedding; looking an embedding up costs nothing. Of routed experts it counts as
 is one multiply and one add forward (2) and twice that backward (6).
 Attention adds scores and weighted values, 2 * T * N * H each forward, so 12 * T * N * H with the backward pass in each of L
 layers. The T x T square is counted whole although a causal mask needs half of it: that is the convention. What a backend skips
-or recomputes (remat, masked blocks) is not counted, and neither are norms, softmax and activations.
+or recomputes (remat, masked blocks) is not counted, and neither are norms, softmax and activations. An additive score counts as a
+product does, v . tanh(query + key) being H multiplications and additions; its H sums and H tanh are activations.
 """
 
 from __future__ import annotations
