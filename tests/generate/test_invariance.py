@@ -16,7 +16,17 @@ from tests.generate.small_models import FAMILIES, model_config, random_params
 # Either side of a bucket's border and of a block's; new tokens take rows over both.
 LENGTHS = (5, 1, 16, 17, BLOCK - 8, 60, BLOCK, BLOCK + 1)
 VOCAB, COUNT = 101, 12
-CASES = [("gpt2", "float32", ""), ("llama", "bfloat16", ""), ("llama", "float32", "int8")]
+CASES = [("gpt2", "float32", ""), ("llama", "bfloat16", ""), ("llama", "float32", "int8"), ("scores", "float32", "")]
+KNOBS = FAMILIES | {
+    "scores": {
+        "attention_score": "additive",
+        "position": "t5",
+        "attention_sink": "learned",
+        "attention_window": 100,
+        "attention_sink_tokens": 4,
+        "tied_embeddings": False,
+    }
+}
 
 
 @pytest.mark.parametrize(("family", "dtype", "kind"), CASES)
@@ -28,7 +38,7 @@ def test_a_row_has_the_same_bits_in_any_batch(family: str, dtype: str, kind: str
         "vocab_size": VOCAB,
         "num_layers": 1,
     }
-    config = model_config(**sizes, dtype=dtype, **FAMILIES[family])
+    config = model_config(**sizes, dtype=dtype, **KNOBS[family])
     params = weights.prepare(random_params(config), config, kind)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, VOCAB - 1, length).tolist() for length in LENGTHS]

@@ -187,6 +187,9 @@ def test_a_backend_of_another_platform_is_refused() -> None:
         ("gpu", {"dtype": "bfloat16", "attention_window": 7}, 256, 1, "cudnn"),
         ("gpu", {"dtype": "bfloat16", "attention_softcap": 7.0}, 256, 1, "dense"),
         ("gpu", {"dtype": "bfloat16"}, 256, 2, "blockwise"),
+        ("gpu", {"dtype": "bfloat16", "attention_score": "cosine"}, 256, 1, "cudnn"),
+        ("gpu", {"attention_score": "additive"}, 256, 1, "blockwise"),
+        ("tpu", {"attention_sink": "learned"}, 256, 1, "dense"),
         ("tpu", {}, 256, 1, "splash"),
         ("tpu", {}, 200, 1, "dense"),
         ("tpu", {"head_dim": 40}, 256, 1, "dense"),
@@ -202,9 +205,10 @@ def test_auto_takes_the_first_that_can(platform: str, knobs: Any, length: int, c
 
 def test_auto_always_finds_one() -> None:
     everything = {"attention_dropout": 0.1, "attention_window": 3, "attention_softcap": 2.0, "head_dim": 6}
+    everything |= {"attention_score": "additive", "attention_sink": "learned", "attention_sink_tokens": 1, "position": "t5"}
     for order in AUTO.values():
         for context in (1, 2):
-            assert any(not attention_refusal(model("auto", **everything), name, 13, context) for name in order)
+            assert any(not attention_refusal(model("auto", **everything), name, 13, context, prefix=True) for name in order)
 
 
 def test_the_two_tables_name_the_same_backends() -> None:

@@ -25,10 +25,13 @@ from tests.small import GPT2, LLAMA, random_batch, random_params, small
 DROPOUT = {"model.attention_dropout": 0.2, "model.residual_dropout": 0.1}
 WINDOWED = LLAMA | {"model.attention_window": 9, "model.attention_softcap": 2.0, "model.block": "parallel"}
 WINDOWED |= {"model.query_key_norm": True, "model.rotary_fraction": 0.5, "model.rope_scaling": "linear"}
+ADDITIVE = {"model.attention_score": "additive", "model.position": "t5", "model.attention_sink": "learned"}
+ADDITIVE |= {"model.attention_window": 9, "model.attention_sink_tokens": 2}
 SIZES = {"model.max_seq_len": 64, "data.seq_len": 32}
-# name: (knobs, meshes that are held against one device); the first of them also trains.
+# name: (knobs, meshes that are held against one device); the first of them also trains, but for ADDITIVE.
 RUNS: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = {
     "learned positions": (GPT2 | DROPOUT, [{"context": 8}]),
+    "additive, sinks, distances": (ADDITIVE, [{"context": 2, "data": 2, "tensor": 2}]),
     "rotary, grouped, window, cap": (WINDOWED | DROPOUT, [{"context": 2, "data": 2, "tensor": 2}, {"context": 4, "fsdp": 2}]),
 }
 
@@ -114,6 +117,43 @@ def splash() -> dict[str, float]:
     return found
 
 
+def distances() -> dict[str, float]:
+    """Of everything that scores are made with and of keys that are seen from afar: greatest differences from dense on one device,
+    relative to its greatest value, of the output and of all gradients; rows over 2 devices, length over 2, heads over 2.
+    """
+    length, rng = 32, np.random.default_rng(0)
+    ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, length)), axis=1), jnp.int32)
+    marks = {"prefix_BT": jnp.asarray(rng.random((2, length)) < 0.3), "anchors_BT": jnp.asarray(rng.random((2, length)) < 0.2)}
+    q, k, v, g = (jnp.asarray(rng.standard_normal((2, length, n, 8)), jnp.float32) for n in (4, 2, 2, 4))
+    shapes = {"score_vector": (4, 8), "sink_bias": (4,), "bias": (4, 2 * length - 1)}
+    learned = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    keys = primitives.row_keys(jax.random.key(1), jnp.arange(2))
+    found = {}
+    for name, score, given in (
+        ("additive, prefix", "additive", marks),
+        ("dot, first tokens", "dot", {"anchors_BT": marks["anchors_BT"]}),
+    ):
+        knobs = {"model.attention_score": score, "model.attention_window": 9, "model.attention_dropout": 0.2}
+        knobs |= {"model.num_kv_heads": 2, "model.head_dim": 8}
+        config = small(SIZES, knobs, {"mesh.context": 2, "mesh.tensor": 2, "mesh.data": 2})
+        taken = learned if score == "additive" else {name: x for name, x in learned.items() if name != "score_vector"}
+
+        def both(model: Any, q: Any, k: Any, v: Any, taken: Any, given: Any = given) -> Any:
+            def run(q: Any, k: Any, v: Any, taken: Any) -> Any:
+                return attend(model, q, k, v, ids, dropout_keys=keys, learned=taken, **given)
+
+            out, backward = jax.vjp(run, q, k, v, taken)
+            return out, *backward(g)
+
+        dense = dataclasses.replace(config.model, attention="dense")
+        expected = jax.jit(functools.partial(both, dense))(q, k, v, taken)
+        with laid_over(make_mesh(config.mesh), config.mesh):
+            ours = jax.jit(functools.partial(both, config.model))(q, k, v, taken)
+        pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True)
+        found[name] = max(float(np.abs(np.asarray(one) - other).max() / np.abs(other).max()) for one, other in pairs)
+    return found
+
+
 def refusal(*parts: dict[str, Any], traced: bool = False) -> str:
     try:
         config = small(SIZES, {"mesh.data": 1}, *parts)
@@ -131,7 +171,7 @@ def refusal(*parts: dict[str, Any], traced: bool = False) -> str:
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     runs = {
-        name: [run(knobs, axes, trains=number < 2) for number, axes in enumerate(({}, *meshes))]
+        name: [run(knobs, axes, trains=number < 2 and knobs is not ADDITIVE) for number, axes in enumerate(({}, *meshes))]
         for name, (knobs, meshes) in RUNS.items()
     }
     refused = [
@@ -142,6 +182,6 @@ if __name__ == "__main__":
         refusal({"mesh.context": 2, "mesh.tensor": 2, "mesh.rules": ("kv_heads=",)}),
         refusal({"mesh.context": 8, "data.seq_len": 32}),
     ]
-    found = {"runs": runs, "splash": splash(), "refused": refused}
+    found = {"runs": runs, "splash": splash(), "refused": refused, "distances": distances()}
     found |= {"compiled": compiled("blockwise", 1024), "splash compiled": compiled("splash", 1024)}
     print(json.dumps(found))

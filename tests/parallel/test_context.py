@@ -20,7 +20,7 @@ def test_losses_and_gradients_equal_those_of_one_device(found: dict[str, Any]) -
     """Packed rows, dropout on the attention weights included; a leaf such as a key's bias has only rounding for a gradient."""
     for name, (one, *others) in found["runs"].items():
         largest = max(np.abs(leaf).max() for leaf in one["gradients"].values())
-        assert len(one["loss"]) == 4
+        assert len(one["loss"]) == (1 if "additive" in name else 4)
         for number, run in enumerate(others):
             np.testing.assert_allclose(run["loss"], one["loss"][: len(run["loss"])], rtol=1e-5, err_msg=f"{name} {number}")
             for leaf, ours in run["gradients"].items():
@@ -37,6 +37,12 @@ def test_rows_evaluate_to_the_same_nats(found: dict[str, Any]) -> None:
 def test_splash_agrees_with_dense_wherever_its_parts_lie(found: dict[str, Any]) -> None:
     assert set(found["splash"]) == {"shared out", "by device"}
     assert max(found["splash"].values()) < 2e-6
+
+
+def test_scores_sinks_and_prefixes_equal_dense_on_one_device(found: dict[str, Any]) -> None:
+    """Gradients of what is learned included, each device having those of its own queries."""
+    assert set(found["distances"]) == {"additive, prefix", "dot, first tokens"}
+    assert max(found["distances"].values()) < 5e-6
 
 
 def test_keys_are_gathered_queries_permuted_and_no_square_is_held(found: dict[str, Any]) -> None:
