@@ -246,6 +246,8 @@ def check(config: Config) -> None:
 
 def _check_t5(model: ModelConfig) -> None:
     if model.position != "t5":
+        if model.t5_bidirectional:
+            raise UserError(f"model.t5_bidirectional=True needs model.position=t5, but model.position={model.position}.")
         return
     sides = 2 if model.t5_bidirectional else 1
     if model.t5_num_buckets % (2 * sides):

@@ -370,7 +370,7 @@ def test_a_score_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_additive_score_holds_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 4096 queries and keys, forward and backward: less at once than one number a pair, or than a vector for each of a block."""
+    """Of 4096 queries and keys, both passes: less at once than one number a pair, or than one vector a pair of a block."""
     monkeypatch.setattr(scores, "_MOST", 2**14)
     config = ModelConfig(vocab_size=5, num_heads=1, num_kv_heads=1, head_dim=32, mlp_dim=8, attention="blockwise")
     config = dataclasses.replace(config, attention_score="additive")
@@ -412,8 +412,12 @@ def test_products_go_to_every_backend() -> None:
             {"position": "t5", "t5_num_buckets": 6, "t5_bidirectional": True},
             "must be a multiple of 4 where model.t5_bidirectional",
         ),
+        ({"t5_bidirectional": True}, "model.t5_bidirectional=True needs model.position=t5, but model.position=learned"),
         ({"position": "t5", "t5_max_distance": 16}, "model.t5_max_distance=16 must be more than 16, the distances that have"),
-        ({"position": "alibi", "rope_scaling": "yarn"}, "model.rope_scaling=yarn needs model.position=rotary, not alibi"),
+        (
+            {"position": "alibi", "rope_scaling": "yarn"},
+            "yarn needs model.position=rotary, but model.position=alibi",
+        ),
     ],
     ids=str,
 )
