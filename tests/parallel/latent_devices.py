@@ -24,7 +24,7 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]]
 
 
 def run(**axes: int) -> dict[str, Any]:
-    knobs = {"model.num_layers": 1, "model.attention_dropout": 0.2, "optimizer.epsilon": 1e-3}
+    knobs = {"model.num_layers": 1, "model.max_seq_len": 64, "model.attention_dropout": 0.2, "optimizer.epsilon": 1e-3}
     config = small(LATENT, knobs, {f"mesh.{axis}": size for axis, size in axes.items()})
     lengths, mesh = Lengths.of(config, 1.0), make_mesh(config.mesh)
     check_divides(config, mesh)
