@@ -80,7 +80,10 @@ class ModelConfig:
     kv_latent_dim: int = knob(0, "latent: width of the vector that keys and values are made of.", at_least=0)
     query_latent_dim: int = knob(0, "latent: width of a vector that queries are made of; 0: of the residual stream.", at_least=0)
     rotary_head_dim: int = knob(
-        0, "latent: width of what rotary positions turn, beside head_dim in each query and in one key for all heads.", at_least=0
+        0,
+        "latent: width of what rotary positions turn, beside head_dim in each query and in one key for all heads; "
+        "0: half of head_dim where positions are rotary.",
+        at_least=0,
     )
     attention_bias: bool = knob(
         True, "Biases on the query, key, value and output projections; not on latent's maps out of small vectors."
@@ -205,15 +208,22 @@ def derive(model: ModelConfig) -> ModelConfig:
         head_dim=model.head_dim or model.model_dim // model.num_heads,
         mlp_dim=model.mlp_dim or 4 * model.model_dim,
     )
+    if model.attention_kind == "latent" and "rotary" in patterns.positions(model):
+        model = dataclasses.replace(model, rotary_head_dim=model.rotary_head_dim or _half(model.head_dim))
     if model.num_experts:
         model = dataclasses.replace(model, expert_mlp_dim=model.expert_mlp_dim or model.mlp_dim)
     return model
 
 
+def _half(head_dim: int) -> int:
+    """Of an even number, as rotary positions turn pairs."""
+    return max(2, head_dim // 4 * 2)
+
+
 def underived(model: ModelConfig) -> ModelConfig:
     """The sizes that follow from others set back to 0."""
     own = {"num_kv_heads": model.num_heads, "head_dim": model.model_dim // model.num_heads, "mlp_dim": 4 * model.model_dim}
-    own["expert_mlp_dim"] = model.mlp_dim
+    own |= {"expert_mlp_dim": model.mlp_dim, "rotary_head_dim": _half(model.head_dim)}
     follow: dict[str, Any] = {name: 0 for name, size in own.items() if getattr(model, name) == size}
     return dataclasses.replace(model, **follow)
 
@@ -270,15 +280,18 @@ def _check_latent(model: ModelConfig) -> None:
 
 def _check_rotary(model: ModelConfig) -> None:
     if "rotary" not in patterns.positions(model):
-        if model.rope_scaling != "none":
-            raise UserError(f"model.rope_scaling={model.rope_scaling} needs model.position=rotary, not {model.position}.")
+        for name, idle in (("rope_scaling", "none"), ("rotary_fraction", 1.0)):
+            if getattr(model, name) != idle:
+                raise UserError(
+                    f"model.{name}={getattr(model, name)} needs model.position=rotary, but model.position={model.position}."
+                )
         return
     if model.attention_kind != "latent" and model.head_dim % 2:
         raise UserError(f"rotary positions need an even model.head_dim, not {model.head_dim}.")
-    if model.attention_kind == "latent" and (model.rotary_head_dim % 2 or not model.rotary_head_dim):
+    if model.attention_kind == "latent" and model.rotary_head_dim % 2:
         raise UserError(
-            f"model.attention_kind=latent with model.position=rotary needs an even model.rotary_head_dim of at least 2, "
-            f"not {model.rotary_head_dim}."
+            f"model.attention_kind=latent with model.position=rotary needs an even model.rotary_head_dim, not "
+            f"{model.rotary_head_dim}."
         )
     if model.rotary_dim % 2 or not model.rotary_dim:
         raise UserError(

@@ -55,10 +55,10 @@ def check(model: ModelConfig) -> None:
         raise UserError(f"model.attention_pattern={attention} has local layers, but {window} says not how far they see; set it.")
     if attention and "local" not in model.attention_pattern and model.attention_window:
         raise UserError(f"model.attention_pattern={attention} has no local layer, for which {window} is; change one of them.")
-    if position and model.position not in model.position_pattern:
+    if position and model.position != model.position_pattern[0]:
         raise UserError(
-            f"model.position_pattern={position} says each layer's position, and model.position={model.position} is none of them; "
-            f"set it to {model.position_pattern[0]}."
+            f"model.position_pattern={position} says each layer's position, and model.position={model.position} is not "
+            f"the first's; set it to {model.position_pattern[0]}."
         )
     if model.local_rope_base:
         if model.local_rope_base <= 1:

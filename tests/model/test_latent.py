@@ -178,7 +178,6 @@ REFUSED = {
     "grouped": ({"num_kv_heads": 2}, "model.num_kv_heads=2", "model.attention_kind=latent"),
     "normed keys": ({"query_key_norm": True}, "model.query_key_norm=True", "model.attention_kind=latent"),
     "part of a head": ({"rotary_fraction": 0.5}, "model.rotary_fraction=0.5", "model.attention_kind=latent"),
-    "nothing to turn": ({"rotary_head_dim": 0}, "model.rotary_head_dim", "model.attention_kind=latent"),
     "odd": ({"rotary_head_dim": 3}, "model.rotary_head_dim", "not 3"),
     "turned by nothing": ({"position": "none"}, "model.rotary_head_dim=4", "model.position=none"),
     "of no use": ({"attention_kind": "multi_head"}, "model.kv_latent_dim=10", "model.attention_kind=multi_head"),
@@ -192,6 +191,15 @@ def test_what_does_not_go_together_is_refused(case: str) -> None:
     with pytest.raises(c.UserError) as refused:
         small(LATENT, {f"model.{name}": value for name, value in knobs.items()})
     assert all(name in str(refused.value) for name in names), refused.value
+
+
+def test_the_rotary_part_is_half_a_head_unless_told() -> None:
+    model = small(LATENT, model__rotary_head_dim=0, model__head_dim=16).model
+    assert (
+        model.rotary_head_dim,
+        c.underived(small(LATENT, model__rotary_head_dim=8, model__head_dim=16)).model.rotary_head_dim,
+    ) == (8, 0)
+    assert small(PLAIN).model.rotary_head_dim == 0
 
 
 def test_export_refuses_it() -> None:

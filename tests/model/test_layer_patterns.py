@@ -34,7 +34,7 @@ BOTH = LLAMA | {
     "model.num_layers": 4,
     "model.attention_window": 4,
     "model.attention_pattern": ("global", "local"),
-    "model.position_pattern": ("none", "rotary", "rotary"),
+    "model.position_pattern": ("rotary", "none", "rotary"),
 }
 CASES = {
     "Gemma 3's, and a rest": GEMMA3,
@@ -260,7 +260,7 @@ REFUSED = {
         "model.local_rope_base=1.0",
         "above 1",
     ),
-    "scaling": ({"rope_scaling": "linear", "position": "sinusoidal"}, "model.rope_scaling=linear", "not sinusoidal"),
+    "scaling": ({"rope_scaling": "linear", "position": "sinusoidal"}, "model.rope_scaling=linear", "model.position=sinusoidal"),
 }
 
 
