@@ -53,6 +53,7 @@ def _switch(key: str, *values: Any, **needs: Any) -> None:
 
 
 _choices("model.norm")
+_choices("model.norm_placement")
 _choices("model.position")
 _choices(
     "model.rope_scaling",
@@ -60,6 +61,8 @@ _choices(
 )
 _switch("model.rotary_fraction", 0.5, model__position="rotary")
 _choices("model.block")
+_switch("model.residual_scale", 0.5)
+_switch("model.layer_scale", 0.1)
 _choices("model.activation")
 _switch("model.gated_mlp", True)
 _switch("model.num_kv_heads", 1, 2)
@@ -68,9 +71,14 @@ _switch("model.attention_bias", False)
 _switch("model.attention_window", 5)
 _switch("model.attention_softcap", 2.0)
 _switch("model.tied_embeddings", False)
+_switch("model.embedding_scale", 0.0)
+_switch("model.embedding_dim", 8)
+_switch("model.logit_softcap", 5.0)
+_switch("model.prediction_heads", 3)
 _switch("model.num_experts", 4, model__router_normalize_top_k=True, objective__router_balance_loss=0.01)
 _switch("model.attention_dropout", 0.1)
 _switch("model.residual_dropout", 0.1)
+_switch("model.stochastic_depth", 0.5)
 _choices("model.dtype")
 _choices("model.param_dtype")
 _choices("model.remat")
