@@ -9,6 +9,8 @@
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
   if $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$p; break; fi; done)
 WORKDIR ?= runs/stdlib_tiny
+# Test processes at a time: most of a test is compiling, which keeps one core busy.
+WORKERS ?= 2
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --constraint constraints.txt
 
@@ -23,7 +25,7 @@ train: .venv/installed-run
 	$(BIN)/python -m gptjax train --config=configs/stdlib_tiny.py --workdir=$(WORKDIR)
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile
 
 check: .venv/installed-test
 	$(BIN)/ruff check .

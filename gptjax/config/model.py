@@ -194,8 +194,11 @@ def check(config: Config) -> None:
 
 def _check_rotary(model: ModelConfig) -> None:
     if model.position != "rotary":
-        if model.rope_scaling != "none":
-            raise UserError(f"model.rope_scaling={model.rope_scaling} needs model.position=rotary, not {model.position}.")
+        for name, idle in (("rope_scaling", "none"), ("rotary_fraction", 1.0)):
+            if getattr(model, name) != idle:
+                raise UserError(
+                    f"model.{name}={getattr(model, name)} needs model.position=rotary, but model.position={model.position}."
+                )
         return
     if model.head_dim % 2:
         raise UserError(f"rotary positions need an even model.head_dim, not {model.head_dim}.")
