@@ -1,7 +1,7 @@
 """Memory on one device without compiling: the state exactly, the rest by a model of what a training step holds at its peak.
 
     state        parameters, optimizer state and averages, as they are laid over the mesh
-    gradients    float32, where the parameters lie; twice with micro-batches (the sum, and the next one)
+    gradients    float32, where the parameters lie; twice with micro-batches (the sum, and the next one), once more for Sophia
     rounded      the parameters in the type of the products, which the compiler makes once for all micro-batches
     saved        what the forward pass keeps for the backward pass, by model.remat
     working set  the largest moment of one layer, its MLP's or its attention's, with the layer's gathered weights and their
@@ -101,7 +101,7 @@ def estimate(config: Config, mesh: Any, platform: str = "gpu") -> dict[str, floa
     rounded = state["parameters"] * width / 4 if width < 4 and m.param_dtype == "float32" else 0.0
     parts = {
         **{name: float(size) for name, size in state.items()},
-        "gradients": state["parameters"] * (4 if m.param_dtype == "float32" else 8) / 4 * (2 if accumulation > 1 else 1),
+        "gradients": state["parameters"] * (4 if m.param_dtype == "float32" else 8) / 4 * _gradients(config),
         "rounded": rounded,
         "saved activations": tokens * saved_elements(config, mesh, platform) * width * m.num_layers / mesh.shape["stage"],
         "working set": max(_working_set(config, mesh, platform, rows, tokens, width), _head(config, mesh, tokens, width)),
@@ -110,6 +110,11 @@ def estimate(config: Config, mesh: Any, platform: str = "gpu") -> dict[str, floa
         scores = _scores(config, mesh, platform, rows) * (4 + width)
         parts["saved activations"] += scores * m.num_layers / mesh.shape["stage"]
     return parts | {"total": sum(parts.values())}
+
+
+def _gradients(config: Config) -> int:
+    """Trees of gradients that are held at once: the sum and the next micro-batch's, and those of Sophia's estimate."""
+    return (2 if config.train.accumulation_steps > 1 else 1) + (config.optimizer.name == "sophia")
 
 
 def _scores(config: Config, mesh: Any, platform: str, rows: float) -> float:

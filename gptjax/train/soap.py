@@ -13,9 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 # Iterations that make the first basis, where the paper takes an eigendecomposition.
 _FIRST_ITERATIONS = 10
-# Added to the factor's mean eigenvalue of 1 before it is applied. Directions in which no gradient has been seen yet would
-# otherwise be made of rounding errors, and differ from mesh to mesh.
-_SHIFT = 1e-3
+# Added to the factor, whose mean eigenvalue is made 1, in each iteration; the eigenvectors stay what they are. Directions in
+# which no gradient has been seen yet would otherwise be made of rounding errors alone, and differ from mesh to mesh.
+_SHIFT = 1e-2
 
 # (how many leading axes count matrices, how many axes after them are inputs) of a parameter's path
 MatrixAxes = Callable[[tuple[Any, ...]], tuple[int, int]]

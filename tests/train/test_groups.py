@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.config import CheckpointConfig, MeshConfig, UserError
+from gptjax.config import CheckpointConfig, MeshConfig, UserError, to_json
+from gptjax.config.optimizer import frozen_layers, parameter_groups
 from gptjax.parallel.mesh import make_mesh
+from gptjax.recipes import load_recipe
 from gptjax.train.checkpoints import Checkpoints
 from gptjax.train.groups import decay_multipliers, rate_multipliers, without_frozen
 from gptjax.train.optimizers import OPTIMIZERS, Lengths, evaluation_params
@@ -120,6 +122,15 @@ def test_schedule_free_evaluates_frozen_parameters_as_they_are() -> None:
     tree_equal(found["embed/tokens"], params["embed/tokens"])
     tree_equal(found["layers/mlp/up/kernel"], params["layers/mlp/up/kernel"])
     tree_equal(found["layers/mlp/down/kernel"][1], params["layers/mlp/down/kernel"][1])
+
+
+def test_groups_on_the_command_line(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(to_json(small()))
+    overrides = ["optimizer.groups=embed/(tokens|positions)=lr:0.1+decay:0,head=lr:2", "optimizer.freeze_layers=0-1,3"]
+    optimizer = load_recipe(str(path), [*overrides, "model.num_layers=5"]).optimizer
+    assert parameter_groups(optimizer) == (("embed/(tokens|positions)", 0.1, 0.0), ("head", 2.0, 1.0))
+    assert frozen_layers(optimizer, 5) == {0, 1, 3}
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [

@@ -41,7 +41,7 @@ def soap_64(c: Any, p: np.ndarray, gradients: list[np.ndarray], right_basis: boo
     def iterate(factor: np.ndarray, basis: np.ndarray, times: int) -> np.ndarray:
         for _ in range(times):
             size = len(factor)
-            basis = np.linalg.qr((factor * size / np.trace(factor) + 1e-3 * np.eye(size)) @ basis)[0]
+            basis = np.linalg.qr((factor * size / np.trace(factor) + 1e-2 * np.eye(size)) @ basis)[0]
         return basis
 
     rows, columns = p.shape
