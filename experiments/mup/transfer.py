@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 STEPS, LAYERS, SEQ_LEN, BATCH, BASE, WARMUP = 200, 2, 64, 16, 64, 20
-RATES = tuple(2.0**-n for n in (10, 9, 8, 7, 6, 5))  # 0.00098 to 0.031, by factors of 2
+RATES = tuple(2.0**-n for n in (11, 10, 9, 8, 7, 6, 5))  # 0.00049 to 0.031, by factors of 2
 PARAMETERIZATIONS = ("standard", "mup")
 LAST = 20  # steps whose mean training loss is a run's result; no token comes twice in so short a run
 
