@@ -53,6 +53,9 @@ def _switch(key: str, *values: Any, **needs: Any) -> None:
 
 
 _choices("model.norm")
+_choices("model.norm_placement")
+_switch("model.residual_scale", 0.5)
+_switch("model.layer_scale", 0.1)
 _choices("model.position")
 _choices(
     "model.rope_scaling",
@@ -60,6 +63,19 @@ _choices(
 )
 _switch("model.rotary_fraction", 0.5, model__position="rotary")
 _choices("model.block")
+_choices("model.attention_score")
+_choices("model.attention_sink")
+_switch("model.attention_sink_tokens", 2, model__attention_window=5)
+FACTORS["model.attention_pattern"] = {
+    "": {"model.attention_pattern": ()},
+    "local,global": {"model.attention_pattern": ("local", "global"), "model.attention_window": 5},
+}
+FACTORS["model.position_pattern"] = {
+    "": {"model.position_pattern": ()},
+    "rotary,none": {"model.position_pattern": ("rotary", "none"), "model.position": "rotary"},
+    "t5,alibi": {"model.position_pattern": ("t5", "alibi"), "model.position": "t5"},
+}
+_choices("model.attention_kind", latent={"model.kv_latent_dim": 8})
 _choices("model.activation")
 _switch("model.gated_mlp", True)
 _switch("model.num_kv_heads", 1, 2)
@@ -69,11 +85,18 @@ _switch("model.attention_window", 5)
 _switch("model.attention_softcap", 2.0)
 _switch("model.tied_embeddings", False)
 _switch("model.num_experts", 4, model__router_normalize_top_k=True, objective__router_balance_loss=0.01)
+_switch("model.embedding_scale", 0.0)
+_switch("model.embedding_dim", 8)
+_switch("model.logit_softcap", 5.0)
+_switch("model.prediction_heads", 3)
+_switch("model.stochastic_depth", 0.5)
 _switch("model.attention_dropout", 0.1)
 _switch("model.residual_dropout", 0.1)
 _choices("model.dtype")
 _choices("model.param_dtype")
 _choices("model.remat")
+_choices("model.quantization")
+_choices("model.parameterization", mup={"model.mup_base_dim": 8})
 _switch("model.scan_unroll", 0)
 _choices("objective.name")
 _switch("objective.z_loss", 1e-4)
@@ -81,6 +104,10 @@ _switch("objective.label_smoothing", 0.1)
 _choices("optimizer.name")
 _choices("optimizer.schedule", wsd={"optimizer.decay_steps": 5})
 _switch("optimizer.ema_decay", 0.9)
+_switch("optimizer.cautious", True)
+_switch("optimizer.freeze_layers", ("0",))
+_switch("optimizer.groups", ("embed=lr:0.1+decay:0",))
+_choices("optimizer.state_dtype")
 _switch("optimizer.clip_norm", 0.0)
 _choices("data.packing")
 _switch("train.accumulation_steps", 2)

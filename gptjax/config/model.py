@@ -472,7 +472,7 @@ def _check_rotary(model: ModelConfig) -> None:
         for name, idle in (("rope_scaling", "none"), ("rotary_fraction", 1.0)):
             if getattr(model, name) != idle:
                 raise UserError(
-                    f"model.{name}={getattr(model, name)} needs model.position=rotary, but model.position={model.position}."
+                    f"model.{name}={getattr(model, name)} needs model.position=rotary, but {patterns.described(model)}."
                 )
         return
     if model.attention_kind != "latent" and model.head_dim % 2:

@@ -20,6 +20,12 @@ def positions(model: ModelConfig) -> tuple[str, ...]:
     return model.position_pattern or (model.position,)
 
 
+def described(model: ModelConfig) -> str:
+    """The knob that says which positions the layers have, with its value."""
+    pattern = ",".join(model.position_pattern)
+    return f"model.position_pattern={pattern}" if pattern else f"model.position={model.position}"
+
+
 @functools.lru_cache
 def layer_configs(model: ModelConfig) -> tuple[ModelConfig, ...]:
     """The configs of the first p layers, of which all others are repetitions: layer n is as layer n % p, and p is the least.
