@@ -32,18 +32,18 @@ class TrainConfig:
         "many steps; 0: none. The learning rate follows steps, not rows.",
         at_least=0,
     )
-    batch_warmup_steps: int = duration("steps", "Length of that warm-up")
-    batch_warmup_tokens: int = duration("tokens", "Length of that warm-up")
-    batch_warmup_epochs: float = duration("epochs", "Length of that warm-up")
+    batch_warmup_steps: int = duration("steps", "Length of the warm-up of batches")
+    batch_warmup_tokens: int = duration("tokens", "Length of the warm-up of batches")
+    batch_warmup_epochs: float = duration("epochs", "Length of the warm-up of batches")
     seq_len_warmup_start: int = knob(
         0,
         "Tokens of a row in the first steps of a warm-up of the sequence length (Li et al., 2022), which double until they are "
         "data.seq_len, each length for as many steps; 0: none. Rows are cut into more and shorter ones, so no token is lost.",
         at_least=0,
     )
-    seq_len_warmup_steps: int = duration("steps", "Length of that warm-up")
-    seq_len_warmup_tokens: int = duration("tokens", "Length of that warm-up")
-    seq_len_warmup_epochs: float = duration("epochs", "Length of that warm-up")
+    seq_len_warmup_steps: int = duration("steps", "Length of the warm-up of rows")
+    seq_len_warmup_tokens: int = duration("tokens", "Length of the warm-up of rows")
+    seq_len_warmup_epochs: float = duration("epochs", "Length of the warm-up of rows")
 
     spike_threshold: float = knob(
         0.0,

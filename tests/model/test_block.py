@@ -25,8 +25,9 @@ from gptjax.model.drawing import draw_block
 from gptjax.model.forms import FORMS
 from gptjax.model.rows import Rows
 from gptjax.train.flops import matmul_parameters
+from gptjax.train.groups import decay_mask, parameter_path
 from gptjax.train.objectives import causal
-from gptjax.train.optimizers import _muon_dimensions, decay_mask, parameter_path
+from gptjax.train.optimizers import _muon_dimensions
 from gptjax.train.step import _dropout_keys, example_loss, init_params, summed_gradients
 from tests.small import random_batch, random_params, small, tree_close
 

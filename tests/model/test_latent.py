@@ -160,7 +160,7 @@ def test_kernels_are_counted_and_have_their_axes() -> None:
 def test_optimizers_know_its_matrices(name: str) -> None:
     config = small(LATENT, optimizer__name=name)
     params = random_params(config)
-    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, Lengths.of(config, 1.0)))
+    optimizer = make_optimizer(config, make_schedule(config.optimizer, Lengths.of(config, 1.0)), 20)
     updates, _ = jax.jit(lambda p: optimizer.update(p, optimizer.init(p), p))(params)
     if name == "adafactor":
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))

@@ -244,7 +244,7 @@ REFUSED = {
         "model.position_pattern=rotary,none",
         "position=learned",
     ),
-    "embedding in a pattern": ({"position_pattern": ("learned",)}, "model.position_pattern='learned'", "rotary, none"),
+    "embedding in a pattern": ({"position_pattern": ("learned",)}, "model.position_pattern='learned'", "rotary, alibi, t5, none"),
     "base without local": (
         {"local_rope_base": 10.0, "position": "rotary"},
         "model.local_rope_base=10.0",

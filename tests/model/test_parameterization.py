@@ -23,7 +23,8 @@ from gptjax.model.attention import Cache
 from gptjax.model.decoder import Decoder
 from gptjax.model.parameterization import folded, learning_rate_multiplier, role_of, standard
 from gptjax.train import coordinates
-from gptjax.train.optimizers import make_optimizer, rate_multipliers
+from gptjax.train.groups import rate_multipliers
+from gptjax.train.optimizers import make_optimizer
 from gptjax.train.run import named_leaves
 from gptjax.train.step import init_params
 from tests.small import GPT2, LLAMA, random_params, small, tree_equal
@@ -96,7 +97,7 @@ def update(config: Config, params: Any) -> Any:
     """What the optimizer makes of random gradients at its first step, at a rate of 0.01."""
     rng = np.random.default_rng(1)
     gradients = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), params)
-    optimizer = make_optimizer(config, lambda n: 0.01)
+    optimizer = make_optimizer(config, lambda n: 0.01, 20)
     return jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])(params, gradients)
 
 
