@@ -32,6 +32,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.state_precision",
     ),
     "gptjax.train.state": ("gptjax.config",),
+    "gptjax.train.stop": ("gptjax.parallel.hosts",),
     "gptjax.train.rewind": ("gptjax.config",),
     "gptjax.train.state_precision": ("gptjax.config", "gptjax.model.primitives"),
     "gptjax.train.flops": ("gptjax.config",),

@@ -8,6 +8,7 @@ its config.
 Everything a person can get wrong here raises `UserError` with one sentence that names the key.
 """
 
+from gptjax.config.backends import ATTENTION_CAPABILITIES, DISTANCE_POSITIONS, PRODUCT_SCORES, attention_refusal
 from gptjax.config.data import DataConfig
 from gptjax.config.door import (
     TYPE_NAMES,
@@ -24,7 +25,7 @@ from gptjax.config.door import (
 )
 from gptjax.config.knobs import UserError, duration, knob
 from gptjax.config.mixture import mixture_sources, mixture_weights
-from gptjax.config.model import ATTENTION_CAPABILITIES, DISTANCE_POSITIONS, PRODUCT_SCORES, ModelConfig, attention_refusal
+from gptjax.config.model import ModelConfig
 from gptjax.config.objective import ObjectiveConfig
 from gptjax.config.optimizer import OptimizerConfig
 from gptjax.config.patterns import check_stages, layer_configs

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from gptjax.config.backends import ATTENTION_CAPABILITIES, attention_refusal
 from gptjax.config.knobs import UserError, knob
-from gptjax.config.model import ATTENTION_CAPABILITIES, attention_refusal
 
 if TYPE_CHECKING:
     from gptjax.config.schema import Config

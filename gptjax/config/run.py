@@ -143,6 +143,11 @@ def check(config: Config) -> None:
     _check_warmup(config, "batch", config.data.batch_size, "data.batch_size")
     _check_warmup(config, "seq_len", config.data.seq_len, "data.seq_len")
     _check_spikes(train)
+    if train.seq_len_warmup_start and config.objective.name not in ("causal", "prefix"):
+        raise UserError(
+            f"train.seq_len_warmup_start={train.seq_len_warmup_start} cuts rows into pieces, in which what "
+            f"objective.name={config.objective.name} puts into a row would be torn apart; set it to 0."
+        )
     names = (field.name for field in dataclasses.fields(MeshConfig) if field.name not in ("rules", "micro_batches"))
     sizes = {f"mesh.{name}": getattr(config.mesh, name) for name in names}
     for key, size in sizes.items():
