@@ -321,6 +321,7 @@ def _refill(
     tokens_BT = jnp.take_along_axis(rows.tokens_BW, starts_B[:, None] + positions_BT, axis=1)
     given_B = None if prefix_B is None else jnp.maximum(prefix_B - starts_B, 0)  # what is left of the prompt
     new_logits_BV, new_cache = forward.prefill(params, config, tokens_BT, jnp.full(batch, window), rows.cache, given_B)
-    cache = jax.tree.map(lambda new, old: jnp.where(full_B[:, None, None, None], new, old), new_cache, rows.cache)
+    full_R = jnp.pad(full_B, (0, rows.cache.rows - batch))  # a mesh may have made the cache's rows more
+    cache = jax.tree.map(lambda new, old: jnp.where(full_R[:, None, None, None], new, old), new_cache, rows.cache)
     rows = dataclasses.replace(rows, starts_B=jnp.where(full_B, starts_B, rows.starts_B), cache=cache)
     return rows, jnp.where(full_B[:, None], new_logits_BV, logits_BV)
