@@ -194,12 +194,12 @@ def export_model(
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is not a run's folder: it has no config.json.")
     config = config_lib.from_json(workdir / "config.json")
-    huggingface.architecture_for(parameterization.standard(config.model))  # refuses before anything is restored
     if sees_later_tokens(config.objective):
         raise UserError(
             f"{workdir} was trained with objective.name={config.objective.name}, whose tokens see later ones; the models of "
             "Hugging Face that could hold its parameters see only earlier ones."
         )
+    huggingface.architecture_for(parameterization.standard(config.model))  # refuses before anything is restored
     tokenizer = load_tokenizer(workdir / "tokenizer") if (workdir / "tokenizer").is_dir() else None
     trained = load_params(workdir, log, step, config)
     flat = run.named_leaves(trained.params)

@@ -71,6 +71,7 @@ def test_the_sentence_of_a_run_that_diverges_is_known_by_its_beginning(monkeypat
     monkeypatch.setattr(loop, "batch_documents", lambda *_: ["a.txt"])
     config = recipes.load_recipe(RECIPE, ["train.max_nonfinite_steps=2"])
     run = types.SimpleNamespace(config=config, dataset=types.SimpleNamespace(train=None), line=lambda text: None)
+    run.watch = types.SimpleNamespace(skipped_rows=0)
     with pytest.raises(loop.NonFiniteError) as ended:
         loop._check_finite(run, 5, 2)
     outcome = judge(1, ["step 4", f"gptjax: {ended.value}"], finished=False)

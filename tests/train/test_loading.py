@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
 import types
-from typing import Any
 
 import pytest
 
 import gptjax
-from gptjax.config import UserError
+from gptjax.config import Config, UserError
 from gptjax.data.tokenizers import ByteTokenizer, CharTokenizer
 from gptjax.train import loop, restore
 from gptjax.train.restore import _check_own_tokenizer, _check_same_tokenizer
@@ -73,8 +73,9 @@ def test_where_initial_parameters_come_from_is_asked_for_its_tokenizer(tmp_path,
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text("{}")
     CharTokenizer("abc").save(tmp_path / "tokenizer")
-    monkeypatch.setattr(restore, "load_params", lambda folder, log: types.SimpleNamespace(params={}, metadata={}))
-    config: Any = types.SimpleNamespace(init_from=str(tmp_path))
+    found = types.SimpleNamespace(params={}, metadata={}, config=Config())
+    monkeypatch.setattr(restore, "load_params", lambda folder, log: found)
+    config = dataclasses.replace(Config(), init_from=str(tmp_path))
     with pytest.raises(UserError, match="another tokenizer"):
         restore.initial_params(config, None, print, ByteTokenizer())  # type: ignore[arg-type]
 
