@@ -25,7 +25,7 @@ train: .venv/installed-run
 	$(BIN)/python -m gptjax train --config=configs/stdlib_tiny.py --workdir=$(WORKDIR)
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 check: .venv/installed-test
 	$(BIN)/ruff check .

@@ -88,7 +88,7 @@ _switch("model.num_experts", 4, model__router_normalize_top_k=True, objective__r
 _switch("model.embedding_scale", 0.0)
 _switch("model.embedding_dim", 8)
 _switch("model.logit_softcap", 5.0)
-_switch("model.prediction_heads", 3)
+_switch("model.prediction_heads", 2)
 _switch("model.stochastic_depth", 0.5)
 _switch("model.attention_dropout", 0.1)
 _switch("model.residual_dropout", 0.1)
