@@ -234,7 +234,8 @@ def two_steps(config: Config) -> list[tuple[Any, dict[str, Any]]]:
     """(state, metrics) of a first step, twice from the same state."""
     mesh, lengths = make_mesh(config.mesh), Lengths(20, 0, 5)
     with laid_over(mesh, config.mesh):
-        state = new_state(config, lengths, random_params(config), jnp.uint32(0))
+        given = random_params(config), jnp.uint32(0)
+        state = jax.jit(functools.partial(new_state, config, lengths)).lower(*given).compile(QUICK)(*given)
         batch = random_batch(config)
         step = jax.jit(functools.partial(train_step, config, lengths)).lower(state, batch).compile(QUICK)
         return [jax.device_get(step(state, batch)) for _ in range(2)]
