@@ -50,26 +50,10 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed = Embedding(c)
-        # Makes the parameters of all layers, stacked; `_scanned` and `_with_cache` run them.
-        self.layers = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, 0),
-            out_axes=0,
-            length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(_declaring(layer_configs(c)))
-        if c.prediction_heads > 1:  # likewise, run by `hidden_of_heads`
-            self.prediction_heads = nn.scan(
-                Block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0, 0),
-                out_axes=0,
-                length=c.prediction_heads - 1,
-                metadata_params={nn.PARTITION_NAME: "prediction_heads"},
-            )(_declaring(layer_configs(c)))
+        # They make the parameters; `_scanned`, `_with_cache` and `hidden_of_heads` run them.
+        self.layers = _stack(c, c.num_layers, "layers")
+        if c.prediction_heads > 1:
+            self.prediction_heads = _stack(c, c.prediction_heads - 1, "prediction_heads")
         if c.norm_placement != "post":
             self.final_norm = Norm(c)
         if not c.tied_embeddings:
@@ -187,6 +171,19 @@ class Decoder(nn.Module):
 
 
 # --- layers ------------------------------------------------------------------------------------
+
+
+def _stack(config: ModelConfig, length: int, axis: str) -> nn.Module:
+    """So many blocks, their parameters stacked on a leading axis of this logical name."""
+    return nn.scan(
+        Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, 0, 0),
+        out_axes=0,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: axis},
+    )(_declaring(layer_configs(config)))
 
 
 def _declaring(kinds: tuple[ModelConfig, ...]) -> ModelConfig:
