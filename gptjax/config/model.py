@@ -357,6 +357,11 @@ def _check_block(config: Config) -> None:
             "model.block=parallel_shared shares the norm before both branches, and model.norm_placement=post has none there; "
             "model.block=parallel gives norm(x + attention(x) + mlp(x))."
         )
+    if model.prediction_heads == 1 and (weight := config.objective.prediction_heads_weight) != 1.0:
+        raise UserError(
+            f"objective.prediction_heads_weight={weight} weighs heads beyond the first, but model.prediction_heads=1; "
+            "set one of them."
+        )
     if model.prediction_heads > 1 and config.objective.name != "causal":
         raise UserError(
             f"model.prediction_heads={model.prediction_heads} predicts later tokens, for which "

@@ -179,6 +179,12 @@ def test_forms_that_do_not_exist_are_refused_by_name(knobs: dict[str, Any], name
     assert all(name in str(refused.value) for name in named)
 
 
+def test_a_weight_of_heads_that_are_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match="objective.prediction_heads_weight=0.5 .* model.prediction_heads=1"):
+        small(objective__prediction_heads_weight=0.5)
+    assert small(objective__prediction_heads_weight=0.5, model__prediction_heads=2).model.prediction_heads == 2
+
+
 def test_an_export_that_could_not_say_a_form_is_refused_by_its_name() -> None:
     for name, value in {"norm_placement": "sandwich", "residual_scale": 0.5, "layer_scale": 0.1, "embedding_scale": 4.0}.items():
         with pytest.raises(UserError, match=f"model.{name}="):
