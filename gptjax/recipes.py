@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import json
 import pathlib
 import re
 import traceback
@@ -23,9 +24,43 @@ def load_recipe(spec: str, overrides: Sequence[str] = ()) -> Config:
     A `config.json` of a run's folder is taken too, so that any run can be started again elsewhere.
     """
     values = recipe_values(spec)
+    early = [override for override in overrides if override.partition("=")[0] in ("init_from", "init_model")]
+    for override in early:
+        apply_override(values, override)
+    if values.get("init_model") and not spec.partition(":")[0].endswith(".json"):  # in a run's own config it has been done
+        adopt_model(values)
     for override in overrides:
         apply_override(values, override)
     return from_dict(values)
+
+
+def adopt_model(values: ml_collections.ConfigDict) -> None:
+    """Lays the model of `init_from` over the group `model`, and has the tokenizer taken from there. Raises `UserError`."""
+    folder = pathlib.Path(values.get("init_from") or "")
+    path = folder / "config.json"
+    if not values.get("init_from"):
+        raise UserError("init_model needs init_from, the folder of a run or of a Hugging Face model.")
+    if not path.is_file():
+        raise UserError(f"init_from={folder} is neither a run's folder nor a Hugging Face folder: it has no config.json.")
+    if is_foreign(folder):
+        from gptjax.interop.huggingface import model_knobs
+
+        knobs = model_knobs(folder)
+    else:
+        knobs = to_dict(underived(from_json(path)).model)
+    for name, value in knobs.items():
+        apply_value(values, f"model.{name}", value)
+    apply_value(values, "data.tokenizer", "init_from")
+    apply_value(values, "data.tokenizer_path", "")
+
+
+def is_foreign(folder: pathlib.Path) -> bool:
+    """Whether the folder's config.json is one of Hugging Face's; ours has a group `model`."""
+    try:
+        values = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and not isinstance(values.get("model"), dict)
 
 
 def recipe_values(spec: str) -> ml_collections.ConfigDict:

@@ -59,7 +59,11 @@ class DataConfig:
     drop_control_characters: bool = knob(False, "Remove control characters other than tab and newline.")
     drop_duplicates: bool = knob(False, "Keep the first of documents with exactly the same cleaned text.")
 
-    tokenizer: str = knob("byte", "Text to ids.", choices=("byte", "char", "sentencepiece", "gpt2", "huggingface"))
+    tokenizer: str = knob(
+        "byte",
+        "Text to ids; init_from: as the model that the run starts from has it.",
+        choices=("byte", "char", "sentencepiece", "gpt2", "huggingface", "init_from"),
+    )
     tokenizer_path: str = knob(
         "",
         "sentencepiece: a .model file or its folder (empty: train one on the source); "
@@ -72,9 +76,9 @@ class DataConfig:
 
     packing: str = knob(
         "packed",
-        "packed: rows of whole documents and pieces, which never see each other; "
+        "packed: rows of whole documents and pieces, which never see each other; padded: each of them in a row of its own; "
         "windows: consecutive windows of the concatenated text, in random order.",
-        choices=("packed", "windows"),
+        choices=("packed", "padded", "windows"),
     )
     seq_len: int = knob(256, "Tokens a row that are predicted.", at_least=1)
     batch_size: int = knob(16, "Rows a step, over all hosts and micro-batches.", at_least=1)
@@ -94,6 +98,8 @@ def check(config: Config) -> None:
         raise UserError(f"data.source={data.source} needs data.path, a file or a glob.")
     if data.source == "tfds" and not data.name and not data.mixture:
         raise UserError("data.source=tfds needs data.name, the data set's name.")
+    if data.tokenizer == "init_from" and not config.init_from:
+        raise UserError("data.tokenizer=init_from needs init_from, a run's folder or a Hugging Face folder.")
     if data.tokenizer in ("gpt2", "huggingface") and not data.tokenizer_path:
         what = "the folder of encoder.json and vocab.bpe" if data.tokenizer == "gpt2" else "a tokenizer.json"
         raise UserError(f"data.tokenizer={data.tokenizer} needs data.tokenizer_path, {what}.")

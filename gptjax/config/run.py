@@ -112,6 +112,7 @@ class EvaluateConfig:
     sample_tokens: int = knob(0, "Length of the sample at each evaluation; 0: no sample.", at_least=0, shapes_run=False)
     sample_temperature: float = knob(0.8, "Temperature of that sample.", at_least=0, shapes_run=False)
     sample_top_k: int = knob(0, "Top-k of that sample; 0: off.", at_least=0, shapes_run=False)
+    show_examples: int = knob(2, "Records of each task that are shown at each evaluation.", at_least=0, shapes_run=False)
 
 
 @dataclass(frozen=True)

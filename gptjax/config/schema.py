@@ -13,6 +13,7 @@ from gptjax.config.objective import ObjectiveConfig
 from gptjax.config.optimizer import OptimizerConfig
 from gptjax.config.run import CheckpointConfig, EvaluateConfig, MeshConfig, MetricsConfig, TrainConfig
 from gptjax.config.stages import Stage, Stages, doubling, doublings
+from gptjax.config.task import TaskConfig
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    task: TaskConfig = TaskConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -30,6 +32,11 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     init_from: str = knob(
         "", "A run's folder or a Hugging Face folder whose parameters the run starts from; empty: from scratch."
+    )
+    init_model: bool = knob(
+        False,
+        "Take the group `model` and the tokenizer from init_from: in place of what the recipe says, and before what is set by "
+        "--config.",
     )
 
     @property

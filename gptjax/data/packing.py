@@ -7,6 +7,7 @@ gaps (Johnson 1973; for language models Ding et al. 2024, "Fewer Truncations Imp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +35,11 @@ class Rows:
         """Indices of the documents in the rows, sorted, each once."""
         return np.unique(self.piece_documents[_ranges(self.row_offsets[rows], self.row_offsets[rows + 1])[0]])
 
-    def batch(self, tokens: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """int32 [len(rows), capacity] `tokens`, `segment_ids` (1, 2, ... in a row; 0: padding), `positions` (from 0 in a piece).
+    def batch(
+        self, tokens: np.ndarray, rows: np.ndarray, columns: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """int32 [len(rows), capacity] `tokens`, `segment_ids` (1, 2, ... in a row; 0: padding), `positions` (from 0 in a piece),
+        and each of `columns`, which have a value [...] for each token and here 0 for padding.
 
         A row number of -1 gives a row of padding.
         """
@@ -49,9 +53,13 @@ class Rows:
         target, _ = _ranges(real[row] * self.capacity + in_row, real[row] * self.capacity + in_row + lengths)
         positions = np.arange(len(target)) - np.repeat(before, lengths)
         out = {name: np.zeros((len(rows), self.capacity), np.int32) for name in ("tokens", "segment_ids", "positions")}
-        out["tokens"].reshape(-1)[target] = tokens[np.repeat(self.piece_starts[pieces], lengths) + positions]
+        source = np.repeat(self.piece_starts[pieces], lengths) + positions
+        out["tokens"].reshape(-1)[target] = tokens[source]
         out["segment_ids"].reshape(-1)[target] = np.repeat(np.arange(len(pieces)) - first[row] + 1, lengths)
         out["positions"].reshape(-1)[target] = positions
+        for name, column in (columns or {}).items():
+            out[name] = np.zeros((len(rows), self.capacity, *column.shape[1:]), column.dtype)
+            out[name].reshape(-1, *column.shape[1:])[target] = column[source]
         return out
 
 
@@ -63,16 +71,22 @@ def _ranges(begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def pack(
-    offsets: np.ndarray, seq_len: int, *, overlap: int = 1, capacity: int | None = None, sizes: np.ndarray | None = None
+    offsets: np.ndarray,
+    seq_len: int,
+    *,
+    overlap: int = 1,
+    capacity: int | None = None,
+    sizes: np.ndarray | None = None,
+    alone: bool = False,
 ) -> Rows:
     """Rows of the documents whose tokens lie between successive `offsets` (int64 [documents + 1]). Deterministic.
 
     `overlap`: tokens that successive pieces of a document share, of `seq_len` more each. `sizes`: the room that a piece of n
-    tokens takes in a row of `capacity`, by n; None: n, and rows as long as the longest piece.
+    tokens takes in a row of `capacity`, by n; None: n, and rows as long as the longest piece. `alone`: each piece has a row.
     """
     capacity = capacity or seq_len + overlap
     starts, lengths, documents = cut(offsets, seq_len, overlap)
-    row_of = best_fit(lengths if sizes is None else sizes[lengths], capacity)
+    row_of = np.arange(len(lengths)) if alone else best_fit(lengths if sizes is None else sizes[lengths], capacity)
     # Rows in the order of their first piece, so that without shuffling a run reads the text from front to back.
     count = int(row_of.max()) + 1 if len(row_of) else 0
     first = np.full(count, len(row_of))

@@ -23,8 +23,8 @@ import hashlib
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,9 @@ from gptjax.data.corruption import Corruption, corruption_of
 from gptjax.data.mixture import Shares
 from gptjax.data.packing import Rows, pack, shortened
 from gptjax.data.recall import Deferred, read_or_recall
-from gptjax.data.reserved import reserve
+from gptjax.data.reserved import reserve, text_tokenizer
 from gptjax.data.sources import Joined, Source
-from gptjax.data.tokenizers import CharTokenizer, SentencePieceTokenizer, Tokenizer, make_tokenizer, train_sentencepiece
+from gptjax.data.tokenizers import CharTokenizer, SentencePieceTokenizer, Tokenizer, make_tokenizer, train_sentencepiece, trained_tokenizer
 
 Batch = dict[str, np.ndarray]
 _FORMAT = "1"  # part of every cache key: a change of what an entry holds changes it
@@ -57,6 +57,7 @@ class Split:
     rows: Rows | None
     corruption: Corruption | None = None  # how the objective shows rows; None: as they are
     source: str = ""  # its name in a mixture
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # beside the tokens, [n, ...]: labels and the like
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +84,10 @@ class Dataset:
     eval: Split | dict[str, Split]
     report: dict[str, Any]
     text_tokenizer: Tokenizer  # without what the objective's tokens added to it
+
+    def settled(self, config: Config) -> Config:
+        """The config with what the data decides. Raises `UserError` where the two contradict each other."""
+        return config.with_vocab_size(self.tokenizer.vocab_size)
 
 
 def load_dataset(
@@ -153,6 +158,8 @@ def _tokenizer(config: Config, cleaned: list[Cleaned], cache_dir: pathlib.Path, 
     Of a mixture it is made from all the sources' text, so that losses under different weights can be compared.
     """
     data = config.data
+    if data.tokenizer == "init_from":
+        return text_tokenizer(trained_tokenizer(config.init_from))
 
     def together(split: str) -> Source:
         return Joined(*(one.splits[split] for one in cleaned))
@@ -198,7 +205,7 @@ def _delimiters(config: Config, tokenizer: Tokenizer) -> cache.Delimiters:
 
 def _split(config: Config, name: str, part: cache.Tokens, corruption: Corruption | None, source: str = "") -> Split:
     data = config.data
-    rows = _packed(part.offsets, data.seq_len, corruption) if data.packing == "packed" else None
+    rows = None if data.packing == "windows" else _packed(part.offsets, data.seq_len, corruption, data.packing == "padded")
     split = Split(name, part.tokens, part.offsets, part.names, part.text_bytes, rows, corruption, source)
     if rows is not None and not len(rows):
         raise UserError(f"the {name} split has {split.num_tokens} tokens and none to predict: no document has two tokens.")
@@ -209,11 +216,11 @@ def _split(config: Config, name: str, part: cache.Tokens, corruption: Corruption
     return split
 
 
-def _packed(offsets: np.ndarray, seq_len: int, corruption: Corruption | None) -> Rows:
+def _packed(offsets: np.ndarray, seq_len: int, corruption: Corruption | None, alone: bool) -> Rows:
     if corruption is None:
-        return pack(offsets, seq_len)
+        return pack(offsets, seq_len, alone=alone)
     o = corruption
-    return pack(offsets, o.stride, overlap=o.overlap, capacity=o.capacity, sizes=o.grown)
+    return pack(offsets, o.stride, overlap=o.overlap, capacity=o.capacity, sizes=o.grown, alone=alone)
 
 
 def _window(config: Config, split: Split) -> tuple[int, int]:
@@ -369,7 +376,7 @@ def _rows(config: Config, split: Split, numbers: np.ndarray) -> Batch:
     """The rows at places `numbers` (ascending) of a source's infinite sequence."""
     epochs, rows = _epoch_rows(config, split, numbers)
     if split.rows is not None:
-        return split.rows.batch(split.tokens, rows)
+        return split.rows.batch(split.tokens, rows, split.columns)
     return _windows(split, _window_starts(config, split, epochs, rows), _window(config, split)[1])
 
 
@@ -488,7 +495,7 @@ def eval_batches(config: Config, split: Split, batch_size: int, share: np.ndarra
         numbers = batch * batch_size + share
         numbers = np.where(numbers < rows, numbers, -1)
         if split.rows is not None:
-            found = split.rows.batch(split.tokens, numbers)
+            found = split.rows.batch(split.tokens, numbers, split.columns)
         else:
             stride, width = _window(config, split)
             found = _windows(split, np.where(numbers >= 0, numbers * stride, -1), width)

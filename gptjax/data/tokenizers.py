@@ -436,3 +436,12 @@ def tokenizer_of_folder(folder: pathlib.Path) -> Tokenizer | None:
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         names = " and ".join(place.name for place in places.values())
         raise UserError(f"{folder}: {names} hold no tokenizer: {one_line(error)}.") from error
+
+
+def trained_tokenizer(init_from: str) -> Tokenizer:
+    """The tokenizer of a run's folder or a Hugging Face folder. Raises `UserError` where it has none."""
+    folder = pathlib.Path(init_from).expanduser()
+    found = load_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else tokenizer_of_folder(folder)
+    if found is None:
+        raise UserError(f"init_from={init_from} has no tokenizer; name one by data.tokenizer and data.tokenizer_path.")
+    return found

@@ -131,7 +131,7 @@ def _scales(arrays: dict[str, np.ndarray]) -> Scales:
 def activations(config: Config, params: Any, example: Example) -> dict[str, jax.Array]:
     """{"embedding", "attention.0", "mlp.0", "residual.0", "scores.0", ..., "logits"}: float32 arrays."""
     model, kinds = config.model, layer_configs(config.model)
-    segment_ids_BT = example.segment_ids if config.data.packing == "packed" else None
+    segment_ids_BT = example.segment_ids if config.data.packing != "windows" else None
     rows = Rows(example.positions, None, segment_ids_BT, example.prefix, None)
     angles = angles_by_base(example.positions, kinds)
     x_BTD: Any = Embedding(model).apply({"params": params["embed"]}, example.inputs, example.positions)

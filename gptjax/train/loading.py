@@ -39,20 +39,11 @@ def load(
 def _load(folder: pathlib.Path, step: int | None, log: Callable[[str], None]) -> TrainedModel:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder.")
-    if not is_huggingface(folder):
+    if not is_foreign(folder):
         return load_run(folder, log, step)
     if step is not None:
         raise UserError(f"step={step}: {folder} is a Hugging Face folder, which holds one model and no steps.")
     return _load_huggingface(folder)
-
-
-def is_huggingface(folder: pathlib.Path) -> bool:
-    """Whether the folder's config.json is one of Hugging Face's; ours has a group `model`."""
-    try:
-        values = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and not isinstance(values.get("model"), dict)
 
 
 def _load_huggingface(folder: pathlib.Path) -> TrainedModel:

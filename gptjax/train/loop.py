@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import Config, Stages, UserError, flatten, to_dict
+from gptjax.config import Config, Stages, UserError, flatten, tasks_of, to_dict
 from gptjax.config.objective import writing_part, writing_refusal
 from gptjax.data.mixture import describe
 from gptjax.data.pipeline import Dataset, batch_documents, load_dataset, mixture_figures, steps_per_epoch, train_batches
@@ -31,6 +31,8 @@ from gptjax.generate.text import generate_text
 from gptjax.parallel import hosts
 from gptjax.parallel.mesh import check_divides, make_mesh
 from gptjax.parallel.sharding import batch_sharding, use_rules
+from gptjax.tasks.load import TaskDataset, load_tasks
+from gptjax.tasks.table import TASKS
 from gptjax.train.checkpoints import CheckpointError, Checkpoints
 from gptjax.train.curve import draw_loss_curve
 from gptjax.train.evaluate import by_source, evaluate
@@ -43,6 +45,7 @@ from gptjax.train.run import RunLock, check_config, environment, read_result, st
 from gptjax.train.state import TrainState
 from gptjax.train.step import abstract_state, init_state, make_train_step
 from gptjax.train.stop import Interrupted, StopSignals
+from gptjax.train.task_evaluation import Examples, evaluate_tasks
 
 
 class NoMetrics:
@@ -112,7 +115,7 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: Sequence[str] = 
     with StopSignals() as stop, _stderr_of_process_0() as stream, _lock(workdir):
         log: Callable[[str], None] = functools.partial(print, file=stream, flush=True)
         dataset = load_data(config, log)
-        config = config.with_vocab_size(dataset.tokenizer.vocab_size)
+        config = dataset.settled(config)
         epoch_steps = steps_per_epoch(config, dataset.train)
         lengths = Lengths.of(config, epoch_steps)
         mesh = make_mesh(config.mesh)
@@ -172,7 +175,7 @@ def load_data(config: Config, log: Callable[[str], None], own: Tokenizer | None 
     """`load_dataset`, by process 0 first, for where hosts share the cache; the same tokens in all processes, or `UserError`."""
     hosts.check_same(flatten(config))
     with hosts.process_0_first():
-        dataset = load_dataset(config, log, own=own)
+        dataset = load_tasks(config, log, own) if tasks_of(config) else load_dataset(config, log, own=own)
     counts = {name: dataset.report[name] for name in ("documents", "tokens", "bytes", "rows")}
     hosts.check_same({"the tokenizer's fingerprint": dataset.tokenizer.fingerprint, "the count of the data": counts})
     return dataset
@@ -234,7 +237,7 @@ def _describe(run: Run, state: TrainState) -> None:
     c, mesh = run.config, run.mesh
     run.line(parameter_table(state.params))
     run.line(describe_mfu(c.model, c.data.seq_len, mesh.devices.flat[0].device_kind, mesh.size, c.metrics.peak_tflops))
-    if c.evaluate.sample_tokens and (refusal := writing_refusal(c.objective)):
+    if c.evaluate.sample_tokens and not tasks_of(c) and (refusal := writing_refusal(c.objective)):
         run.line(f"evaluate.sample_tokens={c.evaluate.sample_tokens} has no effect: {refusal}")
     total = run.lengths.total
     run.line(f"{total:,} steps of {c.tokens_per_step:,} tokens: {run.stages.batches(total) / run.epoch_steps:.2f} epochs.")
@@ -383,13 +386,31 @@ def _evaluate(run: Run, state: TrainState, step: int) -> dict[str, Any]:
     c = run.config
     params = evaluation_params(c, state)
     with run.line.paused("evaluating"):
-        figures = evaluate(c, params, run.dataset, run.mesh, 0 if step == run.lengths.total else c.evaluate.max_batches)
+        max_batches = 0 if step == run.lengths.total else c.evaluate.max_batches
+        figures: dict[str, Any]
+        if isinstance(run.dataset, TaskDataset):
+            figures, judged = evaluate_tasks(c, params, run.dataset, run.mesh, max_batches)
+        else:
+            figures = evaluate(c, params, run.dataset, run.mesh, max_batches)
         row = {"step": step, "tokens": run.tokens(step)} | {f"eval/{name}": value for name, value in figures.items()}
         run.metrics.write(row)
         run.line.row(row)
-        if c.evaluate.sample_tokens and writing_part(c.objective) is not None:
+        if isinstance(run.dataset, TaskDataset):
+            _show(run, judged, step)
+        elif c.evaluate.sample_tokens and writing_part(c.objective) is not None:
             _sample(run, params, step)
     return figures
+
+
+def _show(run: Run, judged: Examples, step: int) -> None:
+    """Keeps what the model said of the first records of each task, as the task shows it."""
+    shown = [
+        TASKS[knobs.kind].show(knobs, one)
+        for name, knobs in tasks_of(run.config).items()
+        for one in judged[name][: run.config.evaluate.show_examples]
+    ]
+    if shown:
+        _keep_sample(run, "\n\n".join(shown), step)
 
 
 def _sample(run: Run, params: Any, step: int) -> None:
@@ -402,7 +423,10 @@ def _sample(run: Run, params: Any, step: int) -> None:
         GenerationConfig(max_new_tokens=c.sample_tokens, temperature=c.sample_temperature, top_k=c.sample_top_k),
         seed=run.config.train.seed,
     )[0]
-    text = sample.prompt + sample.text
+    _keep_sample(run, sample.prompt + sample.text, step)
+
+
+def _keep_sample(run: Run, text: str, step: int) -> None:
     run.line(f"sample at step {step}:\n{text}")
     if not hosts.is_primary():
         return

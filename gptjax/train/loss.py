@@ -82,6 +82,28 @@ def row_nll(
     return nll_B
 
 
+def token_nll(
+    hidden_BTD: jax.Array,
+    head: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    transposed: bool,
+    chunk: int = 0,
+    dtype: Any = jnp.float32,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """nll of each token, [B, T] in float32, without gradients; arguments as `softmax_cross_entropy`."""
+    options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype), softcap)
+
+    def one(hidden_BcD, targets_Bc):
+        logits_BcV = _logits(options, hidden_BcD, head)
+        return (), _token_losses(options, logits_BcV, _softmax(logits_BcV), targets_Bc)[1]
+
+    head = _over_vocabulary(head, transposed)
+    _, nll_BT = _over_chunks(options, head, one, (hidden_BTD, targets_BT))
+    return jnp.asarray(nll_BT)
+
+
 def sampled_targets(
     hidden_BTD: jax.Array,
     head: jax.Array,

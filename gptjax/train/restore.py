@@ -22,11 +22,12 @@ from gptjax.generate import weights
 from gptjax.interop import huggingface
 from gptjax.model.parameterization import output_multiplier, query_multiplier, standard
 from gptjax.parallel.mesh import make_mesh
+from gptjax.tasks.losses import HEADS
 from gptjax.train.checkpoints import Checkpoints
 from gptjax.train.optimizers import Lengths, evaluation_params
 from gptjax.train.run import named_leaves
 from gptjax.train.state import TrainState
-from gptjax.train.step import abstract_state, init_params
+from gptjax.train.step import abstract_state, decoder_params, init_params
 
 # A schedule's lengths don't change the shape of any state.
 ANY_LENGTHS = Lengths(total=1, warmup=0, decay=1)
@@ -146,9 +147,11 @@ def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None], token
     if tokenizer is not None:
         _check_same_tokenizer(folder, theirs, tokenizer, log)
     wanted = abstract_state(config, ANY_LENGTHS, mesh).params
+    params, heads = decoder_params(params), params.get(HEADS)
     if theirs is not None and tokenizer is not None and theirs.vocab_size < tokenizer.vocab_size:
-        params = _with_new_tokens(config, params, wanted, log)
-    _check_fit(folder, params, wanted)
+        params = _with_new_tokens(config, params, decoder_params(wanted), log)
+    _check_fit(folder, params, decoder_params(wanted))
+    params = _with_heads(config, params, heads, wanted, log)
     log(f"initial parameters from {folder}.")
     return jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, wanted)
 
@@ -178,7 +181,7 @@ def _with_new_tokens(config: Config, params: Any, wanted: Any, log: Callable[[st
     """The parameters with rows of `train.seed` for the tokens that the objective has and their model had not: where a table of a
     row a token has fewer rows than wanted.
     """
-    fresh = nn.unbox(init_params(config, jnp.uint32(config.train.seed)))
+    fresh = decoder_params(nn.unbox(init_params(config, jnp.uint32(config.train.seed))))
     theirs, ours = named_leaves(params).keys(), named_leaves(wanted).keys()
     if theirs != ours:  # `_check_fit` says how
         return params
@@ -194,6 +197,21 @@ def _with_new_tokens(config: Config, params: Any, wanted: Any, log: Callable[[st
         return jnp.concatenate([jnp.asarray(theirs), rest.astype(theirs.dtype)], axis=axis)
 
     return jax.tree.map(grown, params, wanted, fresh)
+
+
+def _with_heads(config: Config, params: Any, heads: Any, wanted: Any, log: Callable[[str], None]) -> Any:
+    """The parameters with the heads of the run's tasks: those of the model where they fit, else of `train.seed`."""
+    if HEADS not in wanted:
+        if heads:
+            log(f"the heads of {', '.join(heads)} are left behind: this run has no such task.")
+        return params
+    fresh = nn.unbox(init_params(config, jnp.uint32(config.train.seed)))[HEADS]
+    for name, like in wanted[HEADS].items():
+        shapes = jax.tree.map(lambda leaf: leaf.shape, (like, (heads or {}).get(name)))
+        if shapes[0] == shapes[1]:
+            fresh[name] = heads[name]
+        log(f"the head of {name} is {'the one that was trained there' if shapes[0] == shapes[1] else 'new'}.")
+    return params | {HEADS: fresh}
 
 
 def _check_fit(folder: pathlib.Path, params: Any, wanted: Any) -> None:

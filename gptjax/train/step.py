@@ -17,11 +17,12 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from gptjax.config import Config
+from gptjax.config import Config, tasks_of
 from gptjax.model import primitives
 from gptjax.model.decoder import Decoder, output_table
 from gptjax.model.experts import RouterStats, router_losses
 from gptjax.parallel.sharding import batch_sharding, laid_over, parameter_shardings, replicated, use_rules
+from gptjax.tasks.losses import HEADS, init_heads, task_losses
 from gptjax.train import state_precision
 from gptjax.train.groups import check_patterns, keep_frozen, without_frozen
 from gptjax.train.loss import sampled_targets, softmax_cross_entropy
@@ -35,7 +36,7 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 # What a random key is for: folded into the seed first, so that no two uses ever share bits.
-INIT, DROPOUT, CURVATURE = 0, 1, 2
+INIT, DROPOUT, CURVATURE, HEAD_INIT = 0, 1, 2, 3
 
 
 def _float32(tree: Any) -> Any:
@@ -44,10 +45,14 @@ def _float32(tree: Any) -> Any:
 
 
 def init_params(config: Config, seed: jax.Array) -> Any:
-    """Initial parameters as a function of (config, seed); they still carry their logical axis names."""
+    """Initial parameters as a function of (config, seed), those of the tasks' heads beside the decoder's; they still carry their
+    logical axis names.
+    """
     key = jax.random.fold_in(jax.random.key(seed), INIT)
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(config.model).init(key, tokens_BT)["params"]
+    params = Decoder(config.model).init(key, tokens_BT)["params"]
+    heads = init_heads(config, jax.random.fold_in(jax.random.key(seed), HEAD_INIT))
+    return params | ({HEADS: heads} if heads else {})
 
 
 @functools.cache
@@ -126,15 +131,20 @@ def hidden_states(
     one. `of_heads`: a list of them, of all prediction heads.
     """
     found: Any = Decoder(config.model).apply(
-        {"params": params},
+        {"params": decoder_params(params)},
         example.inputs,
         example.positions,
-        segment_ids_BT=example.segment_ids if config.data.packing == "packed" else None,
+        segment_ids_BT=example.segment_ids if config.data.packing != "windows" else None,
         prefix_BT=example.prefix,
         dropout_keys=dropout_keys,
         method=Decoder.hidden_of_heads if of_heads else Decoder.hidden,
     )
     return found[0], found[-1]
+
+
+def decoder_params(params: Any) -> Any:
+    """What the decoder is applied to, of all that is trained."""
+    return {name: part for name, part in params.items() if name != HEADS}
 
 
 def head_options(config: Config) -> dict[str, Any]:
@@ -165,6 +175,26 @@ def example_loss(config: Config, params: Any, example: Example, dropout_keys: An
         return loss_sum, parts
     router_loss_sum, router_parts = _router_sums(config, stats, parts["weight_sum"])
     return loss_sum + router_loss_sum, parts | router_parts
+
+
+def task_loss(config: Config, params: Any, batch: Batch, dropout_keys: Any) -> tuple[jax.Array, Metrics]:
+    """As `example_loss`, of the tasks' examples in a micro-batch."""
+    hidden_BTD, stats = hidden_states(config, params, task_inputs(batch), dropout_keys)
+    loss_sum, parts = task_losses(config, params, hidden_BTD, within_model(batch), head_options(config))
+    if stats is None:
+        return loss_sum, parts
+    router_loss_sum, router_parts = _router_sums(config, stats, parts["weight_sum"])
+    return loss_sum + router_loss_sum, parts | router_parts
+
+
+def task_inputs(batch: Batch) -> Example:
+    """What the decoder reads of a batch of tasks' examples; what is wanted of it stands in other arrays."""
+    return OBJECTIVES["causal"](batch)
+
+
+def within_model(batch: Batch) -> Batch:
+    """The arrays [B, T, ...] for the places that the decoder reads; the last of a batch's, [B, T + 1], is empty."""
+    return {name: array[:, :-1] for name, array in batch.items()}
 
 
 def _router_sums(config: Config, stats: RouterStats, weight_sum: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -254,11 +284,14 @@ def summed_gradients(
 ) -> tuple[Any, Metrics]:
     """Gradient of the summed loss, and the summed parts, over all micro-batches."""
     parts = config.train.accumulation_steps
-    objective = OBJECTIVES[config.objective.name]
 
     def one(rows: tuple[Batch, Any]) -> tuple[Any, Metrics]:
         micro_batch, keys = rows
-        loss_of = functools.partial(loss, config, example=objective(micro_batch), dropout_keys=keys)
+        if tasks_of(config):
+            loss_of = functools.partial(task_loss, config, batch=micro_batch, dropout_keys=keys)
+        else:
+            example = OBJECTIVES[config.objective.name](micro_batch)
+            loss_of = functools.partial(loss, config, example=example, dropout_keys=keys)
         (loss_sum, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         return _float32(gradients), metrics | {"loss_sum": loss_sum}
 

@@ -1,0 +1,147 @@
+"""What a task is: from a record to examples, from hidden states to a loss, from outputs to predictions and what they are worth."""
+
+from __future__ import annotations
+
+import abc
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gptjax.config import ModelConfig, TaskConfig
+from gptjax.data.tokenizers import Tokenizer
+
+Values = Mapping[str, Any]  # a record: what its fields hold
+Batch = Mapping[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as the model reads it: tokens, and beside each a value of each column. In all columns 0 says nothing."""
+
+    tokens: np.ndarray  # int32 [n]
+    read: np.ndarray  # int32 [n], 1 where an output of the model counts
+    columns: Mapping[str, np.ndarray]  # [n, ...], what is wanted there
+    cut: bool = False  # whether something was left out for want of room
+
+
+class Sums(NamedTuple):
+    """What a batch cost: the loss to be differentiated, the bare nats, and the weight that both are divided by, as sums."""
+
+    loss: jax.Array
+    nll: jax.Array
+    weight: jax.Array
+
+
+class Parameter(NamedTuple):
+    """One of a head's, with the logical names of its axes; drawn from N(0, model.init_std), or zeros."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    zeros: bool = False
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An evaluated record: what it holds, and what the model said, in the task's own form; `gold` is None where nobody said.
+
+    The evaluation's loss is the sum of `nats` over the sum of `weight`.
+    """
+
+    record: Values
+    gold: Any
+    predicted: Any
+    nats: float = 0.0
+    weight: float = 0.0
+    more: Mapping[str, Any] = field(default_factory=dict)  # probabilities and the like
+
+
+class Encoder:
+    """Text to tokens between the ends that the run puts around a text, for at most `room` of them."""
+
+    def __init__(self, tokenizer: Tokenizer, add_bos: bool, add_eos: bool, room: int):
+        self.tokenizer, self.room = tokenizer, room
+        self.begin = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
+        self.end = [tokenizer.eos_id] if add_eos and tokenizer.eos_id is not None else []
+
+    def __call__(self, text: str) -> np.ndarray:
+        """int32 ids of the text alone."""
+        return self.tokenizer.encode(text)
+
+
+class Task(abc.ABC):
+    """A kind of task; it holds nothing: `knobs` say which one it is. Arrays that the model gives are [B, T, ...] of a batch's rows;
+    numpy arrays [n, ...] are of one example.
+    """
+
+    @abc.abstractmethod
+    def needs(self, knobs: TaskConfig) -> frozenset[str]:
+        """Fields without which a record is a bad row."""
+
+    def settled(self, knobs: TaskConfig, records: Sequence[Values]) -> TaskConfig:
+        """The knobs with what the training records say, such as the labels. Raises `UserError`."""
+        return knobs
+
+    def check(self, knobs: TaskConfig, record: Values) -> str:
+        """Why a record is a bad row, "" where it is none."""
+        return ""
+
+    @abc.abstractmethod
+    def encode(self, knobs: TaskConfig, record: Values, encoder: Encoder) -> list[Encoded]:
+        """The examples of a record, each of at most `encoder.room` tokens or marked as cut; targets where the record has them."""
+
+    def columns(self, knobs: TaskConfig) -> Mapping[str, np.ndarray]:
+        """{column: an array [0, ...] of its shape and type}."""
+        return {}
+
+    def head(self, knobs: TaskConfig, model: ModelConfig) -> Mapping[str, Parameter]:
+        """Parameters of the task's own; {}: it has none."""
+        return {}
+
+    @abc.abstractmethod
+    def loss(self, knobs: TaskConfig, head: Any, hidden_BTD: jax.Array, batch: Batch, language: Language) -> Sums:
+        """Of the examples of a batch; `head` has the task's parameters, `language` the decoder's way to logits over tokens."""
+
+    @abc.abstractmethod
+    def outputs(self, knobs: TaskConfig, head: Any, hidden_BTD: jax.Array, batch: Batch, language: Language) -> jax.Array:
+        """float32 [B, T, K]: what `judged` needs to know of each place with `read` 1."""
+
+    @abc.abstractmethod
+    def judged(self, knobs: TaskConfig, record: Values, outputs: Sequence[np.ndarray]) -> Judged:
+        """What the model says of a record: `outputs` has [places with `read` 1, K] of each of its examples."""
+
+    @abc.abstractmethod
+    def measures(self, knobs: TaskConfig, judged: Sequence[Judged]) -> dict[str, float]:
+        """{name: value} over all records that somebody has judged before."""
+
+    @abc.abstractmethod
+    def show(self, knobs: TaskConfig, judged: Judged) -> str:
+        """A record, what is right and what was said, in a few lines."""
+
+
+class Language(abc.ABC):
+    """The decoder's own way from hidden states to tokens, for tasks that write."""
+
+    @abc.abstractmethod
+    def loss(self, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Sums:
+        """Cross-entropy as in pre-training, smoothing and z-loss included."""
+
+    @abc.abstractmethod
+    def nll(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        """float32 [B, T]: nats of each target."""
+
+
+_FIELD = re.compile(r"\{([^{}]+)\}")
+
+
+def fields_of(template: str) -> frozenset[str]:
+    """{"premise", "hypothesis"} of "{premise} {hypothesis}"."""
+    return frozenset(_FIELD.findall(template))
+
+
+def filled(template: str, record: Values) -> str:
+    """The template with each {FIELD} replaced by what the record has there; other text, and what is put in, stays as it is."""
+    return _FIELD.sub(lambda match: str(record[match[1]]), template)

@@ -1,0 +1,206 @@
+"""The files of a run's tasks to rows of examples: what `data.pipeline.load_dataset` is for documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.config import Config, TaskConfig, UserError, tasks_of, with_tasks
+from gptjax.data.packing import pack
+from gptjax.data.pipeline import Dataset, Split
+from gptjax.data.records import Record, read_records
+from gptjax.data.tokenizers import Tokenizer, make_tokenizer, trained_tokenizer
+from gptjax.tasks.base import Encoded, Encoder
+from gptjax.tasks.table import TASKS
+
+SPLITS = ("train", "eval")
+
+
+class Example(NamedTuple):
+    """Whose an example is: which task's, which of its records, and which of the record's examples."""
+
+    task: str
+    record: int
+    part: int
+
+
+@dataclass(frozen=True)
+class TaskDataset(Dataset):
+    """Rows of examples, and the records that they are made of."""
+
+    tasks: dict[str, TaskConfig]  # with what the training records settled
+    records: dict[str, dict[str, list[Record]]]  # by split and task
+    examples: dict[str, list[Example]]  # by split, as the column "example" counts them, from 1
+
+    def settled(self, config: Config) -> Config:
+        return with_tasks(super().settled(config), self.tasks)
+
+
+def load_tasks(config: Config, log: Callable[[str], Any] = print, own: Tokenizer | None = None) -> TaskDataset:
+    """Reads, splits, encodes and packs the records of all tasks. Raises `UserError`. `own`: the tokenizer of a trained model."""
+    began = time.perf_counter()
+    records: dict[str, dict[str, list[Record]]] = {split: {} for split in SPLITS}
+    settled: dict[str, TaskConfig] = {}
+    report: dict[str, Any] = {}
+    for name, knobs in tasks_of(config).items():
+        parts = _read(config, knobs, log)
+        settled[name] = TASKS[knobs.kind].settled(knobs, [record.values for record in parts["train"]])
+        for split in SPLITS:
+            _check(settled[name], parts[split])
+            records[split][name] = parts[split]
+    config = with_tasks(config, settled)
+    tokenizer = own or _tokenizer(config)
+    splits: dict[str, Split] = {}
+    examples: dict[str, list[Example]] = {}
+    for split in SPLITS:
+        splits[split], examples[split], counts = build_split(config, split, records[split], tokenizer)
+        for key, count in counts.items():
+            report.setdefault(key, {})[split] = count
+        log(_described(split, counts))
+    report |= {"vocab_size": tokenizer.vocab_size, "seconds": round(time.perf_counter() - began, 3)}
+    return TaskDataset(tokenizer, splits["train"], splits["eval"], report, tokenizer, settled, records, examples)
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    data = config.data
+    if data.tokenizer == "init_from":
+        return trained_tokenizer(config.init_from)
+    if data.tokenizer in ("char", "sentencepiece") and not data.tokenizer_path:
+        raise UserError(
+            f"data.tokenizer={data.tokenizer} is made from documents, and a task has none: take data.tokenizer=init_from, or name "
+            "a file by data.tokenizer_path."
+        )
+    return make_tokenizer(data, {})
+
+
+def _read(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> dict[str, list[Record]]:
+    needs = TASKS[knobs.kind].needs(knobs)
+
+    def of(path: str) -> list[Record]:
+        found = read_records(path, knobs.format, max_bad=knobs.max_bad_rows, required=tuple(sorted(needs)))
+        for line in found.log_lines():
+            log(f"data: {line}")
+        return list(found.records)
+
+    if knobs.eval_path:
+        return {"train": of(knobs.path), "eval": of(knobs.eval_path)}
+    every = of(knobs.path)
+    held_out = [_is_held_out(record, config.data.eval_fraction) for record in every]
+    parts = {
+        "train": [record for record, out in zip(every, held_out, strict=True) if not out],
+        "eval": [record for record, out in zip(every, held_out, strict=True) if out],
+    }
+    if empty := [split for split in SPLITS if not parts[split]]:
+        raise UserError(
+            f"{knobs.path} has {len(every)} records, of which data.eval_fraction={config.data.eval_fraction} leaves none for the "
+            f"{empty[0]} split; give more, or task.eval_path."
+        )
+    return parts
+
+
+def _is_held_out(record: Record, share: float) -> bool:
+    """By a hash of the content, so that equal records are on one side, wherever they stand."""
+    text = json.dumps(record.values, sort_keys=True, ensure_ascii=False, default=str)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) < share * 2**64
+
+
+def _check(knobs: TaskConfig, records: Sequence[Record]) -> None:
+    for record in records:
+        if reason := TASKS[knobs.kind].check(knobs, record.values):
+            raise UserError(f"{record.file}:{record.line}: {reason}.")
+
+
+def encoder(config: Config, tokenizer: Tokenizer) -> Encoder:
+    return Encoder(tokenizer, config.data.add_bos, config.data.add_eos, config.data.seq_len)
+
+
+def build_split(
+    config: Config, split: str, records: Mapping[str, Sequence[Record]], tokenizer: Tokenizer
+) -> tuple[Split, list[Example], dict[str, int]]:
+    """(rows of the examples of all tasks' records, whose they are, counts of what became of them). Raises `UserError`."""
+    encode = encoder(config, tokenizer)
+    found: list[tuple[Example, Encoded]] = []
+    names: list[str] = []
+    cut = dropped = 0
+    for task, of_task in records.items():
+        knobs = tasks_of(config)[task]
+        for number, record in enumerate(of_task):
+            parts = TASKS[knobs.kind].encode(knobs, record.values, encode)
+            if any(part.cut for part in parts):
+                if knobs.too_long == "refuse":
+                    raise UserError(f"{record.file}:{record.line} has more than data.seq_len={config.data.seq_len} tokens.")
+                if knobs.too_long == "drop":
+                    dropped += 1
+                    continue
+                cut += 1
+            found += [(Example(task, number, place), part) for place, part in enumerate(parts)]
+            names += [f"{record.file}:{record.line}"] * len(parts)
+    lengths = np.asarray([len(part.tokens) for _, part in found], np.int64)
+    if not len(lengths):
+        raise UserError(f"the {split} split has no example of at most data.seq_len={config.data.seq_len} tokens.")
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = np.concatenate([part.tokens for _, part in found]).astype(np.int32)
+    rows = pack(offsets, config.data.seq_len, overlap=0, alone=config.data.packing == "padded")
+    # A batch is seq_len + 1 long, of which the model reads seq_len: the last place stays empty.
+    rows = dataclasses.replace(rows, capacity=config.data.seq_len + 1)
+    text_bytes = int(tokenizer.token_bytes()[tokens].sum())
+    columns = _columns(config, found, lengths)
+    counts = {
+        "documents": sum(len(of_task) for of_task in records.values()),
+        "examples": len(found),
+        "tokens": len(tokens),
+        "bytes": text_bytes,
+        "rows": len(rows),
+        "cut": cut,
+        "dropped": dropped,
+    }
+    return Split(split, tokens, offsets, names, text_bytes, rows, columns=columns), [example for example, _ in found], counts
+
+
+def _columns(config: Config, found: Sequence[tuple[Example, Encoded]], lengths: np.ndarray) -> dict[str, np.ndarray]:
+    numbers = {name: number for number, name in enumerate(tasks_of(config), 1)}
+    columns = {
+        "example": np.repeat(np.arange(1, len(found) + 1, dtype=np.int32), lengths),
+        "task": np.repeat(np.asarray([numbers[example.task] for example, _ in found], np.int32), lengths),
+        "read": np.concatenate([part.read for _, part in found]).astype(np.int32),
+    }
+    for name, knobs in tasks_of(config).items():
+        for column, like in TASKS[knobs.kind].columns(knobs).items():
+            none = np.zeros((0, *like.shape[1:]), like.dtype)
+            columns[f"{name}/{column}"] = np.concatenate(
+                [
+                    part.columns[column].astype(like.dtype)
+                    if example.task == name
+                    else np.zeros((len(part.tokens), *like.shape[1:]), like.dtype)
+                    for example, part in found
+                ]
+                or [none]
+            )
+    return columns
+
+
+def _described(split: str, counts: Mapping[str, int]) -> str:
+    changed = ", ".join(f"{counts[what]:,} {what}" for what in ("cut", "dropped") if counts[what])
+    return (
+        f"data: {split}: {counts['documents']:,} records, {counts['examples']:,} examples, {counts['tokens']:,} tokens, "
+        f"{counts['rows']:,} rows{f'; {changed}' if changed else ''}."
+    )
+
+
+def task_batch_arrays(config: Config) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """{array of a batch: (shape behind [B, T + 1], type)}."""
+    arrays = {name: ((), np.dtype(np.int32)) for name in ("tokens", "segment_ids", "positions", "example", "task", "read")}
+    for name, knobs in tasks_of(config).items():
+        for column, like in TASKS[knobs.kind].columns(knobs).items():
+            arrays[f"{name}/{column}"] = (like.shape[1:], like.dtype)
+    return arrays
+
