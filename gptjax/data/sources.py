@@ -59,7 +59,7 @@ class TextSource:
 
     def __getitem__(self, index: int) -> Document:
         name, path = self._files[index]
-        return Document(name, _decode(_read(path), str(path)))
+        return Document(name, _decode(read_bytes(path), str(path)))
 
 
 class JsonlSource:
@@ -91,16 +91,31 @@ class JsonlSource:
 
     def _text(self, line: bytes, where: str) -> str:
         try:
-            record = json.loads(_decode(line, where))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not valid JSON: {error.msg} at column {error.colno}.") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{where} is not a JSON object, so it has no field {self._field!r}.")
+            record = parse_object(line)
+        except ValueError as error:
+            raise UserError(f"{where} {error}.") from None
         if self._field not in record:
             raise UserError(f"data.text_field: {where} has no field {self._field!r}{nearest(self._field, list(record))}")
         if not isinstance(record[self._field], str):
             raise UserError(f"data.text_field: {where} has a field {self._field!r} that is not a text.")
         return record[self._field]
+
+
+def parse_object(line: bytes, parse_constant: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """The JSON object of one line; `parse_constant` gets NaN and Infinity, as `json.loads` has it.
+
+    Raises `ValueError` saying what the line is instead ("is not ...", with no full stop).
+    """
+    text = decode_line(line)
+    try:
+        record = json.loads(text, parse_constant=parse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a whole number of thousands of digits, or thousands of brackets
+        raise ValueError(f"is not JSON that can be read: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError("is not a JSON object")
+    return record
 
 
 class TfdsSource:
@@ -111,35 +126,44 @@ class TfdsSource:
 
     def __init__(self, name: str, data_dir: str, split: str, field: str):
         self._split, self._field = split, field
-        builder = _tfds_builder(name, data_dir)
-        features = list(builder.info.features or {})
+        features, self._records = open_tfds(name, data_dir, split)
         if field not in features:
-            raise UserError(f"data.text_field: the TFDS data set {name} has no field {field!r}{nearest(field, features)}")
-        try:
-            files = builder.info.splits[split].file_instructions
-            self._records = builder.as_data_source(split=split)
-        except (KeyError, ValueError) as error:
-            known = ", ".join(builder.info.splits)
-            raise UserError(
-                f"the TFDS data set {name} has no records for the split {split!r}: its splits are {known}."
-            ) from error
-        except NotImplementedError as error:
-            raise UserError(
-                f"the TFDS data set {name} is not in the ArrayRecord format; prepare it with array_record."
-            ) from error
-        for file in files:
-            _check_records(file.filename, file.examples_in_shard)
+            raise UserError(f"data.text_field: the TFDS data set {name} has no field {field!r}{nearest(field, list(features))}")
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Document:
         name = f"{self._split}:{index}"
-        try:
-            text = self._records[index][self._field]
-        except RuntimeError as error:  # ArrayRecord's own checksum
-            raise UserError(f"the TFDS record {name} is damaged; prepare the data set again: {error}.") from error
+        text = read_tfds(self._records, index, name)[self._field]
         return Document(name, text if isinstance(text, str) else _decode(bytes(text), f"the TFDS record {name}"))
+
+
+def open_tfds(name: str, data_dir: str, split: str) -> tuple[dict[str, Any], Sequence[Any]]:
+    """(TFDS's features by name, the records of one split) of a prepared data set; `read_tfds` reads a record.
+
+    Raises `UserError` for a missing data set or split, and for a file that holds fewer records than its data set records.
+    """
+    builder = _tfds_builder(name, data_dir)
+    try:
+        files = builder.info.splits[split].file_instructions
+        records = builder.as_data_source(split=split)
+    except (KeyError, ValueError) as error:
+        known = ", ".join(builder.info.splits)
+        raise UserError(f"the TFDS data set {name} has no records for the split {split!r}: its splits are {known}.") from error
+    except NotImplementedError as error:
+        raise UserError(f"the TFDS data set {name} is not in the ArrayRecord format; prepare it with array_record.") from error
+    for file in files:
+        _check_records(file.filename, file.examples_in_shard)
+    return dict(builder.info.features or {}), records
+
+
+def read_tfds(records: Sequence[Any], index: int, name: str) -> dict[str, Any]:
+    """One record, of numpy values and bytes. Raises `UserError` where it is damaged, calling it `name`."""
+    try:
+        return records[index]
+    except RuntimeError as error:  # ArrayRecord's own checksum
+        raise UserError(f"the TFDS record {name} is damaged; prepare the data set again: {error}.") from error
 
 
 def _tfds_builder(name: str, data_dir: str) -> Any:
@@ -363,7 +387,8 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else "."
 
 
-def _read(path: pathlib.Path) -> bytes:
+def read_bytes(path: pathlib.Path) -> bytes:
+    """A file's content. Raises `UserError` where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -393,6 +418,14 @@ def _line_index(data: mmap.mmap | bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def _decode(data: bytes, where: str) -> str:
     try:
+        return decode_line(data)
+    except ValueError as error:
+        raise UserError(f"{where} {error}.") from None
+
+
+def decode_line(data: bytes) -> str:
+    """UTF-8 bytes, a mark at their start left out. Raises `ValueError` ("is not UTF-8: ...", with no full stop)."""
+    try:
         return data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}.") from None
+        raise ValueError(f"is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}") from None
