@@ -16,7 +16,7 @@ SINGLE = "task"  # the name of a run's only task
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """From records of files to what is learnt of them; in place of documents."""
+    """What a model is fine-tuned for."""
 
     kind: str = knob(
         "none",
@@ -25,12 +25,15 @@ class TaskConfig:
         choices=("none", "classification", "completion"),
     )
     path: str = knob("", "The records to train on: a file, a glob, or several separated by commas.")
-    eval_path: str = knob("", "The records to evaluate on; empty: data.eval_fraction of those of `path`, by a hash of their content.")
+    eval_path: str = knob(
+        "", "The records to evaluate on; empty: data.eval_fraction of those of `path`, by a hash of their content."
+    )
     format: str = knob(
         "auto",
         "How the files are read; auto: by their names.",
         choices=("auto", "jsonl", "csv", "tsv", "conll", "squad", "tfds", "folders"),
     )
+    columns: tuple[str, ...] = knob((), "csv, tsv: names of the columns; empty: the first row has them.")
     max_bad_rows: int = knob(0, "Rows that cannot be read and are skipped, each named, before it is an error.", at_least=0)
     text: str = knob("{text}", "classification: the text to read, with {FIELD} for what a record has in its field.")
     label: str = knob("label", "classification: the field of the label.")

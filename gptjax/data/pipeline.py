@@ -38,7 +38,14 @@ from gptjax.data.packing import Rows, pack, shortened
 from gptjax.data.recall import Deferred, read_or_recall
 from gptjax.data.reserved import reserve, text_tokenizer
 from gptjax.data.sources import Joined, Source
-from gptjax.data.tokenizers import CharTokenizer, SentencePieceTokenizer, Tokenizer, make_tokenizer, train_sentencepiece, trained_tokenizer
+from gptjax.data.tokenizers import (
+    CharTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    make_tokenizer,
+    train_sentencepiece,
+    trained_tokenizer,
+)
 
 Batch = dict[str, np.ndarray]
 _FORMAT = "1"  # part of every cache key: a change of what an entry holds changes it

@@ -33,9 +33,17 @@ def load(folder: pathlib.Path) -> tuple[Knobs, Any]:
     for anything missing, left over, of another shape, or that the decoder cannot express.
     """
     model = open_folder(pathlib.Path(folder))
-    config = model.config().model
+    return _settled(model), model.read(model.config().model)
+
+
+def model_knobs(folder: pathlib.Path) -> Knobs:
+    """The first of what `load` gives, without reading a parameter."""
+    return _settled(open_folder(folder))
+
+
+def _settled(model: Foreign) -> Knobs:
     settled = {*model.knobs, "num_kv_heads", "head_dim", "mlp_dim"}
-    return {name: value for name, value in to_dict(config).items() if name in settled}, model.read(config)
+    return {name: value for name, value in to_dict(model.config().model).items() if name in settled}
 
 
 def open_folder(folder: pathlib.Path) -> Foreign:

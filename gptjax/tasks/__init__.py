@@ -1,1 +1,1 @@
-"""Tasks for a pre-trained model: records to examples, a head or none, a loss, measures. One file a kind; `table.TASKS` has them all."""
+"""Tasks for a pre-trained model: records to examples, a head or none, a loss, measures. One file a kind, all in `table.TASKS`."""

@@ -1,4 +1,4 @@
-"""What a task is: from a record to examples, from hidden states to a loss, from outputs to predictions and what they are worth."""
+"""What a task is: a record to examples, hidden states to a loss, outputs to predictions, and what these are worth."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class Encoder:
 
 
 class Task(abc.ABC):
-    """A kind of task; it holds nothing: `knobs` say which one it is. Arrays that the model gives are [B, T, ...] of a batch's rows;
-    numpy arrays [n, ...] are of one example.
+    """A kind of task; it holds nothing: `knobs` say which one it is. Arrays of the model are [B, T, ...] of a batch's rows, numpy
+    arrays [n, ...] of one example.
     """
 
     @abc.abstractmethod
@@ -86,7 +86,7 @@ class Task(abc.ABC):
         return knobs
 
     def check(self, knobs: TaskConfig, record: Values) -> str:
-        """Why a record is a bad row, "" where it is none."""
+        """Why a record is a bad row, to go on from its place ("has ..."); "" where it is none."""
         return ""
 
     @abc.abstractmethod

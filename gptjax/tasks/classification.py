@@ -27,7 +27,7 @@ class Classification(Task):
 
     def check(self, knobs: TaskConfig, record: Values) -> str:
         if knobs.labels and (label := str(record[knobs.label])) not in knobs.labels:
-            return f"the label {label!r} is none of {', '.join(knobs.labels)}"
+            return f"has the label {label!r}, which is none of {', '.join(knobs.labels)}"
         return ""
 
     def columns(self, knobs: TaskConfig) -> Mapping[str, np.ndarray]:

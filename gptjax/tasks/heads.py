@@ -27,8 +27,8 @@ def affine(head: Any, hidden_BTD: jax.Array) -> jax.Array:
 
 
 def next_tokens(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """(targets, weights float32), [B, T]: at each place the token after it, which counts where its `read` is 1 and it goes on with
-    the same example.
+    """(targets, weights float32), [B, T]: at each place the token after it, which counts where its `read` is 1 and it is of the
+    same example.
     """
     tokens, segments, read = (_shifted(batch[name]) for name in ("tokens", "segment_ids", "read"))
     weights = (segments == batch["segment_ids"]) & (segments > 0) & (read > 0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,23 +75,29 @@ def _tokenizer(config: Config) -> Tokenizer:
         return trained_tokenizer(config.init_from)
     if data.tokenizer in ("char", "sentencepiece") and not data.tokenizer_path:
         raise UserError(
-            f"data.tokenizer={data.tokenizer} is made from documents, and a task has none: take data.tokenizer=init_from, or name "
-            "a file by data.tokenizer_path."
+            f"data.tokenizer={data.tokenizer} is made from documents, and a task has none: take data.tokenizer=init_from, or "
+            "name a file by data.tokenizer_path."
         )
     return make_tokenizer(data, {})
 
 
 def _read(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> dict[str, list[Record]]:
-    needs = TASKS[knobs.kind].needs(knobs)
+    task = TASKS[knobs.kind]
 
-    def of(path: str) -> list[Record]:
-        found = read_records(path, knobs.format, max_bad=knobs.max_bad_rows, required=tuple(sorted(needs)))
-        for line in found.log_lines():
-            log(f"data: {line}")
-        return list(found.records)
+    def of(path: str, key: str = "task.path") -> list[Record]:
+        return read_records(
+            path,
+            knobs.format,
+            max_bad=knobs.max_bad_rows,
+            columns=knobs.columns,
+            required=sorted(task.needs(knobs)),
+            check=functools.partial(task.check, knobs),
+            key=key,
+            log=lambda line: log(f"data: {line}."),
+        ).records
 
     if knobs.eval_path:
-        return {"train": of(knobs.path), "eval": of(knobs.eval_path)}
+        return {"train": of(knobs.path), "eval": of(knobs.eval_path, "task.eval_path")}
     every = of(knobs.path)
     held_out = [_is_held_out(record, config.data.eval_fraction) for record in every]
     parts = {
@@ -116,7 +122,7 @@ def _is_held_out(record: Record, share: float) -> bool:
 def _check(knobs: TaskConfig, records: Sequence[Record]) -> None:
     for record in records:
         if reason := TASKS[knobs.kind].check(knobs, record.values):
-            raise UserError(f"{record.file}:{record.line}: {reason}.")
+            raise UserError(f"{record.place} {reason}.")
 
 
 def encoder(config: Config, tokenizer: Tokenizer) -> Encoder:
@@ -137,7 +143,7 @@ def build_split(
             parts = TASKS[knobs.kind].encode(knobs, record.values, encode)
             if any(part.cut for part in parts):
                 if knobs.too_long == "refuse":
-                    raise UserError(f"{record.file}:{record.line} has more than data.seq_len={config.data.seq_len} tokens.")
+                    raise UserError(f"{record.place} has more than data.seq_len={config.data.seq_len} tokens.")
                 if knobs.too_long == "drop":
                     dropped += 1
                     continue
@@ -198,9 +204,10 @@ def _described(split: str, counts: Mapping[str, int]) -> str:
 
 def task_batch_arrays(config: Config) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """{array of a batch: (shape behind [B, T + 1], type)}."""
-    arrays = {name: ((), np.dtype(np.int32)) for name in ("tokens", "segment_ids", "positions", "example", "task", "read")}
+    arrays: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+        name: ((), np.dtype(np.int32)) for name in ("tokens", "segment_ids", "positions", "example", "task", "read")
+    }
     for name, knobs in tasks_of(config).items():
         for column, like in TASKS[knobs.kind].columns(knobs).items():
             arrays[f"{name}/{column}"] = (like.shape[1:], like.dtype)
     return arrays
-

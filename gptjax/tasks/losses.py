@@ -23,7 +23,7 @@ HEADS = "task_heads"  # where the parameters of heads stand, beside the decoder'
 
 
 def init_heads(config: Config, key: jax.Array) -> dict[str, Any]:
-    """{task: its head's parameters}, with their logical axes, of those tasks that have a head; a function of (key, task's name)."""
+    """{task: its head's parameters}, with their logical axes, of tasks that have a head; a function of (key, task's name)."""
     found: dict[str, Any] = {}
     for name, knobs in tasks_of(config).items():
         own = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))

@@ -14,6 +14,7 @@ from gptjax.config import UserError, from_dict
 from gptjax.data.tokenizers import tokenizer_of_folder
 from gptjax.interop import huggingface
 from gptjax.parallel.mesh import make_mesh
+from gptjax.recipes import is_foreign
 from gptjax.train.metrics import log_to_stderr
 from gptjax.train.restore import ANY_LENGTHS, TrainedModel, load_run
 from gptjax.train.step import abstract_state

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax import recipes
 from gptjax.config import UserError
 from gptjax.config.objective import parts as objective_parts
 from gptjax.config.objective import writing_refusal
@@ -111,7 +112,7 @@ def _load(arguments: argparse.Namespace) -> Any:
     from gptjax.train.restore import load_run
 
     workdir = pathlib.Path(required(arguments, "workdir"))
-    if not loading.is_huggingface(workdir):
+    if not recipes.is_foreign(workdir):
         workdir, config = run_config(arguments)
         model = load_run(workdir, log, arguments.step, config)
         if config.objective.name == "masked" and not arguments.weights:  # it has no cache to be stored for
