@@ -86,7 +86,7 @@ def show(number: float) -> str:
     """Four significant digits or four decimals, whichever is fewer characters: 0.8312, 27.31, 1.204e+05."""
     if not math.isfinite(number):
         return str(number)
-    return f"{number:.4f}" if abs(number) < 1 else f"{number:.4g}"
+    return f"{number:.4f}" if abs(number) <= 1 else f"{number:.4g}"
 
 
 def table(results: Sequence[Measured]) -> list[str]:

@@ -30,6 +30,7 @@ def test_squad_by_hand(golds: list[str], guess: str, exact: float, f1: float):
 def test_no_answer_of_version_two():
     assert answers.scores([], "", version=2) == (1.0, 1.0)
     assert answers.scores(["the"], "", version=2) == (1.0, 1.0)
+    assert answers.scores(["the", "red"], "", version=2) == (0.0, 0.0)  # an answer without a token is none beside another
     assert answers.scores([], "something", version=2) == (0.0, 0.0)
     assert answers.scores(["something"], "", version=2) == (0.0, 0.0)
     golds, guesses = [["red"], ["blue sky"], [], []], ["red", "blue", "", "green"]

@@ -15,6 +15,7 @@ RNG = np.random.default_rng(0)
 NAMES = ["ham", "maybe", "spam", "work"]
 GOLD = [NAMES[i] for i in RNG.choice(4, 120, p=[0.5, 0.05, 0.25, 0.2])]
 GUESS = [g if RNG.random() < 0.7 else NAMES[RNG.integers(4)] for g in GOLD]
+GOLD[0] = GUESS[1] = "zebra"  # which some resamples lack
 SETS = [{name for name in NAMES if RNG.random() < 0.3} for _ in range(60)]
 SET_GUESS = [{name for name in NAMES if (name in row) != (RNG.random() < 0.2)} for row in SETS]
 
@@ -45,7 +46,7 @@ def test_reports_are_scikit_learns_own():
     assert report.text == metrics.classification_report(GOLD, GUESS, zero_division=0)
     assert report.numbers["spam"]["support"] == GOLD.count("spam")
     labels, matrix = classification.confusion(GOLD, GUESS)
-    assert labels == NAMES and (matrix == metrics.confusion_matrix(GOLD, GUESS)).all()
+    assert labels == [*NAMES, "zebra"] and (matrix == metrics.confusion_matrix(GOLD, GUESS)).all()
 
 
 def test_several_labels():
