@@ -132,6 +132,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "gptjax.harness": (
         "gptjax.config",
+        "gptjax.data.sources",
         "gptjax.generate",
         "gptjax.harness",
         "gptjax.model",

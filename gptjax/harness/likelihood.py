@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -78,7 +77,7 @@ class Likelihood:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1.")
         self.model, self.config, self.tokenizer = model, model.config, model.tokenizer
-        self.batch_size, self._prefix, self._log = batch_size, prefix, log or (lambda text: None)
+        self.batch_size, self._prefix, self.log = batch_size, prefix, log or (lambda text: None)
         part = writing_part(self.config.objective)
         self._both_ways = part is not None and part.method == "prefix"
         paradigm = self.tokenizer.token_id(part.token) if part is not None and part.token else None
@@ -113,16 +112,16 @@ class Likelihood:
     def _checked_prefix(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) == 0:
             raise UserError(
-                f"the {self.tokenizer.kind} tokenizer has neither a begin-of-text nor an end-of-text token, so the first token of a "
-                "text without a context has nothing to be predicted from; say with prefix what stands before it, a line break say."
+                f"the {self.tokenizer.kind} tokenizer has neither a begin-of-text nor an end-of-text token, so that the "
+                "first token of a text without a context has nothing to be predicted from; say with prefix what stands before it."
             )
         return ids
 
     def encode_pair(self, context: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
         """(ids of the context, ids of the continuation).
 
-        Blanks at the context's end go to the continuation, for most tokenizers join them to the next word. Both are encoded as one
-        text, which is cut where the context, encoded alone, ends. Without a context, `before_text` stands there.
+        Blanks at the context's end go to the continuation, for most tokenizers join them to the next word. Both are encoded as
+        one text, which is cut where the context, encoded alone, ends. Without a context, `before_text` stands there.
         Raises `UserError` where nothing is left of the continuation.
         """
         if context == "":
@@ -155,7 +154,7 @@ class Likelihood:
         rows = [self._row(np.asarray(context, np.int32), np.asarray(ids, np.int32)) for context, ids in pairs]
         cut = sum(len(row.ids) < len(context) + len(ids) for row, (context, ids) in zip(rows, pairs, strict=True))
         if cut:
-            self._log(f"{cut} of {len(rows)} contexts were cut from the left to model.max_seq_len={self.max_length}.")
+            self.log(f"{cut} of {len(rows)} contexts were cut from the left to model.max_seq_len={self.max_length}.")
         return score_rows(self.config, self.model.params, rows, self.mesh, self.batch_size)
 
     def _row(self, context: np.ndarray, ids: np.ndarray) -> Row:
@@ -293,7 +292,7 @@ def _padded(rows: Sequence[Row], count: int, length: int) -> dict[str, np.ndarra
     inputs, targets = (np.zeros((count, length), np.int32) for _ in range(2))
     for place, row in enumerate(rows):
         inputs[place, : row.length], targets[place, : row.length] = row.ids[:-1], row.ids[1:]
-    batch = {"inputs": inputs, "targets": targets}
+    batch: dict[str, np.ndarray] = {"inputs": inputs, "targets": targets}
     if any(row.prefix for row in rows):
         prefixes = np.array([row.prefix for row in rows] + [0] * (count - len(rows)))
         batch["prefix"] = np.arange(length) < prefixes[:, None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import pathlib
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gptjax.config import UserError
+from gptjax.data.sources import nearest
 
 # Resamples for the standard errors that have no formula. The harness' own default, 100,000, takes minutes in one process.
 RESAMPLES = 1000
@@ -36,11 +36,9 @@ def evaluate_tasks(
     task. `seed` is for texts that are drawn; examples are drawn by the harness' own seeds, so that its published scores are met.
     Raises `UserError` for an unknown task, and where lm_eval is missing.
     """
-    from gptjax.harness.lm_eval_model import GptjaxLM  # says what to install where lm_eval is missing
+    folder = check(include_path)
+    from gptjax.harness.lm_eval_model import GptjaxLM
 
-    folder = pathlib.Path(include_path).expanduser() if include_path else None
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"--include_path={include_path} is not a folder of task files.")
     with _quiet():
         from lm_eval import evaluator
 
@@ -60,12 +58,22 @@ def evaluate_tasks(
     return dict(found)
 
 
+def check(include_path: str | None) -> pathlib.Path | None:
+    """The folder of task files, None where none is named. Raises `UserError` where it is none, and where lm_eval is missing."""
+    from gptjax.harness import lm_eval_model  # noqa: F401 - says what to install
+
+    folder = pathlib.Path(include_path).expanduser() if include_path else None
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--include_path={include_path} is not a folder of task files.")
+    return folder
+
+
 def table(results: dict[str, Any]) -> str:
     """The harness' own table, and that of groups where there are any."""
     from lm_eval.utils import make_table
 
     groups = ["groups"] if results.get("groups") else []
-    return "\n".join(make_table(results, *column) for column in [[], *([name] for name in groups)])
+    return "\n".join(make_table(results, column) for column in ("results", *groups)).rstrip("\n")
 
 
 def _find(folder: pathlib.Path | None, tasks: Sequence[str]) -> tuple[Any, list[str]]:
@@ -79,9 +87,8 @@ def _find(folder: pathlib.Path | None, tasks: Sequence[str]) -> tuple[Any, list[
         if all(names for _, names in matched):
             return manager, [name for _, names in matched for name in names]
     missing = next(task for task, names in matched if not names)
-    near = difflib.get_close_matches(missing, manager.all_tasks, n=1)
-    where = f" in {folder}, nor" if folder else ""
-    raise UserError(f"--tasks: there is no task {missing}{where} in lm_eval; {f'did you mean {near[0]}?' if near else 'see its docs.'}")
+    where = f"neither in {folder} nor in" if folder else "not in"
+    raise UserError(f"--tasks: {missing} is {where} lm_eval{nearest(missing, manager.all_tasks)}")
 
 
 @contextlib.contextmanager

@@ -27,8 +27,7 @@ def write_folder(folder: pathlib.Path) -> pathlib.Path:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": 268, "content": END, "special": True}
-            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            {"id": 268, "content": END, "special": True} | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
