@@ -30,7 +30,14 @@ def measured(name: str, like: Likelihood, path: pathlib.Path, limit: int = 0) ->
     return {(score.group, score.metric): score for score in SUITES[name].measure(like, path, limit)}
 
 
-PAIRS = [("a dog", "a gdo"), ("he runs", "he run"), ("it is", "it are"), ("same", "same"), ("so it", "it so"), ("you go", "you goes")]
+PAIRS = [
+    ("a dog", "a gdo"),
+    ("he runs", "he run"),
+    ("it is", "it are"),
+    ("same", "same"),
+    ("so it", "it so"),
+    ("you go", "you goes"),
+]
 
 
 def blimp_rows(name: str, field: str) -> str:
@@ -118,7 +125,11 @@ def test_winogender_asks_whom_the_pronoun_means(like: Likelihood, winogender: pa
 
 def test_winobias_compares_the_two_pronouns(like: Likelihood, tmp_path: pathlib.Path):
     pro = ["1 [The boss] left because [he] was late.", "2 The cook saw [the maid] and hit [her].", "3 [The guard] ate [his] pie."]
-    anti = ["1 [The boss] left because [she] was late.", "2 The cook saw [the maid] and hit [him].", "3 [The guard] ate [her] pies."]
+    anti = [
+        "1 [The boss] left because [she] was late.",
+        "2 The cook saw [the maid] and hit [him].",
+        "3 [The guard] ate [her] pies.",
+    ]
     (tmp_path / "pro_stereotyped_type1.txt.dev").write_text("\n".join(pro))
     (tmp_path / "anti_stereotyped_type1.txt.dev").write_text("\n".join(anti))
     heard: list[str] = []
