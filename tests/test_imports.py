@@ -149,6 +149,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.parallel",
         "gptjax.interop",
     ),
+    "gptjax.harness": (
+        "gptjax.config",
+        "gptjax.data.sources",
+        "gptjax.generate",
+        "gptjax.harness",
+        "gptjax.model",
+        "gptjax.parallel",
+        "gptjax.train.loss",
+        "gptjax.train.step",
+    ),
     "gptjax.plan": ("gptjax.config", "gptjax.model", "gptjax.parallel", "gptjax.train", "gptjax.plan"),
     "gptjax.measures": ("gptjax.config", "gptjax.measures"),
     "gptjax.analysis": ("gptjax.config", "gptjax.measures", "gptjax.analysis"),
@@ -168,7 +178,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # Outside packages that a part may not touch: data is numpy only, and nothing needs TensorFlow or unpickles what a stranger wrote.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     "gptjax": ("configs", "experiments", "tests", "tensorflow", "pickle"),
-    **{f"gptjax.{name}": ("torch", "transformers") for name in ("cli", "generate", "model", "parallel", "plan", "train")},
+    **{f"gptjax.{name}": ("torch", "transformers") for name in ("cli", "generate", "harness", "model", "parallel", "plan", "train")},
     "gptjax.config": ("jax", "flax", "optax", "orbax", "grain", "torch", "transformers"),
     **{f"gptjax.{name}": ("jax", "flax", "optax", "orbax", "torch", "transformers") for name in ("analysis", "data", "measures")},
 }
