@@ -31,13 +31,14 @@ def values(records: Records) -> list[dict]:
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 CELL = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\r\n\ufeff"), max_size=8)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner)
-)
+LEAF = st.none() | st.booleans() | st.integers() | TEXT
+JSON = LEAF | st.lists(LEAF, max_size=2) | st.dictionaries(TEXT, LEAF, max_size=2)
 
 
 def table(cell: st.SearchStrategy) -> st.SearchStrategy:
-    return st.integers(1, 4).flatmap(lambda width: st.lists(st.lists(cell, min_size=width, max_size=width), min_size=1))
+    return st.integers(1, 4).flatmap(
+        lambda width: st.lists(st.lists(cell, min_size=width, max_size=width), min_size=1, max_size=4)
+    )
 
 
 def as_csv(rows: list[list[str]], end: str = "\n", quoting: int = csv.QUOTE_MINIMAL) -> bytes:
@@ -55,6 +56,8 @@ def test_jsonl_round_trip(rows, end, escaped):
 @given(table(TEXT), st.sampled_from(["\n", "\r\n"]), st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
 def test_csv_round_trip(rows, end, quoting):
     names = tuple(f"c{i}" for i in range(len(rows[0])))
+    if quoting == csv.QUOTE_MINIMAL:  # the csv module's writer does not quote a lone CR, which its reader takes for a row's end
+        rows = [[cell.replace("\r", "") for cell in row] for row in rows]
     expected = [dict(zip(names, row, strict=True)) for row in rows]
     assert [row for _, row in _csv(as_csv(rows, end, quoting), "f", R(columns=names))] == expected
     assert [row for _, row in _csv(as_csv([list(names), *rows], end, quoting), "f", R())] == expected
