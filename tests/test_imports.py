@@ -138,6 +138,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.metrics",
         "gptjax.train.run",
     ),
+    "gptjax.attacks": (
+        "gptjax.attacks",
+        "gptjax.config",
+        "gptjax.data.records",
+        "gptjax.data.sources",
+        "gptjax.sweeps.statistics",
+    ),
     "gptjax.cli": ("gptjax",),
     "gptjax.verbs": ("gptjax",),
     "gptjax.__main__": ("gptjax",),
@@ -149,6 +156,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     **{f"gptjax.{name}": ("torch", "transformers") for name in ("cli", "generate", "model", "parallel", "plan", "train")},
     "gptjax.config": ("jax", "flax", "optax", "orbax", "grain", "torch", "transformers"),
     "gptjax.data": ("jax", "flax", "optax", "orbax", "torch", "transformers"),
+    "gptjax.attacks": ("jax", "flax", "optax", "orbax", "torch", "transformers"),
 }
 
 
