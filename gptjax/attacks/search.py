@@ -144,8 +144,9 @@ def _by_replacing(replacement: str) -> Ranking:
         if len(problem.open) < 2:
             return problem.open
         tried = yield from problem.ask([{index: replacement} for index in problem.open])
-        scores = {next(iter(one.changes)): one.score for one in tried if one.changes}
-        return sorted(problem.open, key=lambda index: -scores.get(index, -np.inf))  # stable: unasked words keep their order
+        scores = {problem.words.replaced(one.changes): one.score for one in tried}  # "ha ha" is one text without either
+        order = {index: scores.get(problem.words.replaced({index: replacement}), -np.inf) for index in problem.open}
+        return sorted(problem.open, key=lambda index: -order[index])  # stable: words without an answer keep their order
 
     return rank
 
