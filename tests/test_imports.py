@@ -131,8 +131,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.interop",
     ),
     "gptjax.plan": ("gptjax.config", "gptjax.model", "gptjax.parallel", "gptjax.train", "gptjax.plan"),
+    "gptjax.measures": ("gptjax.config", "gptjax.measures"),
+    "gptjax.analysis": ("gptjax.config", "gptjax.measures", "gptjax.analysis"),
     "gptjax.sweeps": (
         "gptjax.config",
+        "gptjax.measures.bootstrap",
         "gptjax.recipes",
         "gptjax.sweeps",
         "gptjax.train.metrics",
@@ -143,7 +146,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.config",
         "gptjax.data.records",
         "gptjax.data.sources",
-        "gptjax.sweeps.statistics",
+        "gptjax.measures.bootstrap",
+        "gptjax.measures.measured",
     ),
     "gptjax.cli": ("gptjax",),
     "gptjax.verbs": ("gptjax",),
@@ -155,8 +159,10 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "gptjax": ("configs", "experiments", "tests", "tensorflow", "pickle"),
     **{f"gptjax.{name}": ("torch", "transformers") for name in ("cli", "generate", "model", "parallel", "plan", "train")},
     "gptjax.config": ("jax", "flax", "optax", "orbax", "grain", "torch", "transformers"),
-    "gptjax.data": ("jax", "flax", "optax", "orbax", "torch", "transformers"),
-    "gptjax.attacks": ("jax", "flax", "optax", "orbax", "torch", "transformers"),
+    **{
+        f"gptjax.{name}": ("jax", "flax", "optax", "orbax", "torch", "transformers")
+        for name in ("analysis", "attacks", "data", "measures")
+    },
 }
 
 

@@ -1,70 +1,59 @@
-"""What an attack did, in numbers with 95 % intervals, and its examples for a reader."""
+"""What an attack did, in numbers with bootstrap intervals over texts, and its examples for a reader."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from gptjax.attacks.attack import Attacked
-from gptjax.sweeps.statistics import studentised_bootstrap
+from gptjax.measures.bootstrap import Bootstrap, mean_of
+from gptjax.measures.measured import Measured, measure
 
-Figure = dict[str, float | int]  # value, low, high, n
-
-TITLES = {
-    "accuracy_before": "accuracy before",
-    "accuracy_after": "accuracy under attack",
-    "success_rate": "success rate (of those right before)",
-    "changed_share": "share of words changed (where it succeeded)",
-    "queries": "queries a text (of those attacked)",
+SHARES = ("accuracy before", "accuracy under attack", "success rate", "changed share")  # printed as percentages
+NOTES = {
+    "success rate": "of the texts attacked",
+    "changed share": "of a text's words, where the attack succeeded",
+    "queries": "of a text attacked",
 }
-SHARES = ("accuracy_before", "accuracy_after", "success_rate", "changed_share")
 
 
-def summary(results: Sequence[Attacked]) -> dict[str, Figure]:
-    """Each of TITLES, as {"value", "low", "high", "n"}; value, low and high are NaN where n is too small for them.
+def summary(results: Sequence[Attacked], bootstrap: Bootstrap | None = None) -> list[Measured]:
+    """Accuracy before and under attack, success rate, changed share and queries, as means over texts; NaN over none.
 
-    Accuracy under attack is that of the texts as the attack leaves them; a text it could not change counts as it was. With a
-    target, texts whose label or answer is the target are not attacked, and count in neither the success rate nor the queries.
+    A text is attacked if the answer to it is right before; with a target, if moreover neither label nor answer is the target.
+    Under attack a text counts as the attack leaves it: one that it did not attack, or in vain, as it was.
     """
     attacked = [result for result in results if result.outcome != "skipped"]
     succeeded = [result for result in attacked if result.outcome == "succeeded"]
-    values = {
-        "accuracy_before": [result.before == result.label for result in results],
-        "accuracy_after": [result.after == result.label for result in results],
-        "success_rate": [result.outcome == "succeeded" for result in attacked],
-        "changed_share": [result.changed_share for result in succeeded],
+    values: dict[str, list[float]] = {
+        "accuracy before": [result.before == result.label for result in results],
+        "accuracy under attack": [result.after == result.label for result in results],
+        "success rate": [result.outcome == "succeeded" for result in attacked],
+        "changed share": [result.changed_share for result in succeeded],
         "queries": [result.queries for result in attacked],
     }
-    return {name: _figure(np.asarray(column, np.float64), name in SHARES) for name, column in values.items()}
+    bootstrap = bootstrap or Bootstrap()
+    return [
+        measure(name, mean_of(column), bootstrap, NOTES.get(name, ""), None if column else math.nan)
+        for name, column in values.items()
+    ]
 
 
-def _figure(values: np.ndarray, is_share: bool) -> Figure:
-    """Mean with the interval of the studentised bootstrap over texts, within what a share or a count can be."""
-    if len(values) < 2:
-        return {"value": float(values.mean()) if len(values) else math.nan, "low": math.nan, "high": math.nan, "n": len(values)}
-    low, high = (float(bound[0]) for bound in studentised_bootstrap(values[None]))
-    return {
-        "value": float(values.mean()),
-        "low": max(0.0, low),
-        "high": min(1.0, high) if is_share else high,
-        "n": len(values),
-    }
-
-
-def table(figures: dict[str, Figure]) -> str:
+def table(figures: Sequence[Measured]) -> str:
     """The summary as lines."""
-    width = max(map(len, TITLES.values()))
-    lines = []
-    for name, title in TITLES.items():
-        figure = figures[name]
-        scale, unit = (100, " %") if name in SHARES else (1, "")
-        value, low, high = (figure[key] * scale for key in ("value", "low", "high"))
-        shown = "none" if math.isnan(value) else f"{value:.1f}{unit}"
-        band = "" if math.isnan(low) else f" [{low:.1f}, {high:.1f}]"
-        lines.append(f"{title:{width}}  {shown}{band}, n={figure['n']}")
-    return "\n".join(lines)
+    width = max(len(figure.name) for figure in figures)
+    return "\n".join(f"{figure.name:{width}}  {_shown(figure)}" for figure in figures)
+
+
+def _shown(figure: Measured) -> str:
+    scale, unit = (100, " %") if figure.name in SHARES else (1, "")
+    if math.isnan(figure.value):
+        return "no text"
+    band = ""
+    if figure.low is not None and figure.high is not None and not math.isnan(figure.low):
+        band = f" [{figure.low * scale:.1f}, {figure.high * scale:.1f}]"
+    note = f" ({figure.note})" if figure.note else ""
+    return f"{figure.value * scale:.1f}{unit}{band}, n={figure.n}{note}"
 
 
 def examples(results: Sequence[Attacked], most: int = 3) -> str:

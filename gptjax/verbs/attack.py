@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gptjax.attacks.attack import as_json, run_attack
     from gptjax.attacks.recipes import find_recipe
     from gptjax.data.records import read_records
+    from gptjax.measures import measured
     from gptjax.parallel import hosts
 
     recipe = find_recipe(required(arguments, "recipe"))
@@ -88,7 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
             out.writelines(json.dumps(plain(as_json(result)), ensure_ascii=False) + "\n" for result in results)
     figures = summary.summary(results)
     if arguments.json:
-        print_json({"recipe": arguments.recipe, "seed": arguments.seed, "target": arguments.target, **figures})
+        about = {"recipe": arguments.recipe, "seed": arguments.seed, "target": arguments.target}
+        print_json(about | {"figures": measured.as_json(figures)})
     elif hosts.is_primary():
         print("\n".join(filter(None, (summary.table(figures), summary.examples(results)))))
     return 0
