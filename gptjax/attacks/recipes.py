@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gptjax.attacks.constraints import Constraints
 from gptjax.attacks.perturbations import PERTURBATIONS
+from gptjax.attacks.search import RANKINGS, SEARCHES
 from gptjax.config import UserError
 from gptjax.data.sources import nearest
 
@@ -14,7 +15,7 @@ from gptjax.data.sources import nearest
 class Recipe:
     """An attack.
 
-    search: one of `search.SEARCHES`; ranking: for "greedy", one of `search.RANKINGS`, which word comes first.
+    search: one of SEARCHES; ranking: for "greedy", which word comes first, one of RANKINGS.
     tries: candidates of a word by each perturbation. width: texts that "beam" keeps. draws: texts that "random" tries.
     """
 
@@ -27,9 +28,13 @@ class Recipe:
     draws: int = 100
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.perturbations if name not in PERTURBATIONS]
-        if unknown or not self.perturbations or min(self.tries, self.width, self.draws) < 1:
-            raise ValueError(f"needs perturbations of {', '.join(PERTURBATIONS)} and whole numbers of at least 1: {self}.")
+        named = [("perturbations", name, list(PERTURBATIONS)) for name in self.perturbations]
+        named += [("search", self.search, list(SEARCHES)), ("ranking", self.ranking, list(RANKINGS))]
+        for key, name, known in named:
+            if name not in known:
+                raise ValueError(f"{key}={name!r} is none of {', '.join(known)}.")
+        if not self.perturbations or min(self.tries, self.width, self.draws) < 1:
+            raise ValueError(f"needs a perturbation, and tries, width and draws of at least 1: {self}.")
 
     @property
     def needs_lexicon(self) -> bool:

@@ -11,13 +11,16 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gptjax.attacks.lexicon import Lexicon
 from gptjax.attacks.perturbations import PERTURBATIONS
-from gptjax.attacks.recipes import Recipe
 from gptjax.attacks.words import Words, split
+
+if TYPE_CHECKING:  # a recipe names searches, so recipes.py stands on this
+    from gptjax.attacks.recipes import Recipe
 
 AT_ONCE = 8  # texts that the random search asks for together
 UNKNOWN = "[UNK]"  # stands in a word's place where words are ranked by an unknown one

@@ -33,7 +33,7 @@ class Words:
         return len(self.words)
 
     def replaced(self, changes: Mapping[int, str]) -> str:
-        """The text with some words replaced; "" takes a word out, with the blanks after it where blanks stand before it too."""
+        """The text with some words replaced; "" takes a word out, and blanks that would come to stand together or last."""
         parts = [self.between[0]]
         for index, word in enumerate(self.words):
             word = changes.get(index, word)
@@ -41,7 +41,7 @@ class Words:
             if not word and (not parts[-1] or parts[-1][-1].isspace()):
                 after = after.lstrip(" ")
             parts += [word, after] if word else [parts.pop() + after]
-        return "".join(parts)
+        return "".join(parts) if self.between[-1] else "".join(parts).rstrip(" ")
 
 
 def split(text: str) -> Words:

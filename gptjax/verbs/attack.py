@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         predictor = load_predictor(arguments.run_folder)
         results = run_attack(
             predictor.predict_proba,
-            predictor.labels,
+            [str(label) for label in predictor.labels],
             records.records,
             recipe,
             text_field=arguments.text_field,

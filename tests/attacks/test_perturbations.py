@@ -50,8 +50,9 @@ def test_a_word_that_is_taken_out_leaves_no_second_blank():
     assert words.replaced({0: ""}) == "two, three  four"
     assert words.replaced({1: ""}) == "one , three  four"
     assert words.replaced({2: ""}) == "one two, four"
-    assert words.replaced({3: "", 2: "drei"}) == "one two, drei  "
-    assert words.replaced({0: "", 1: "", 2: "", 3: ""}) == ", "
+    assert words.replaced({3: "", 2: "drei"}) == "one two, drei"
+    assert words.replaced({0: "", 1: "", 2: "", 3: ""}) == ","
+    assert split("one two. ").replaced({1: ""}) == "one . "
     assert split("你好吗").replaced({1: ""}) == "你吗"
 
 
