@@ -170,6 +170,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.metrics",
         "gptjax.train.run",
     ),
+    "gptjax.attacks": (
+        "gptjax.attacks",
+        "gptjax.config",
+        "gptjax.data.records",
+        "gptjax.data.sources",
+        "gptjax.measures.bootstrap",
+        "gptjax.measures.measured",
+    ),
     "gptjax.cli": ("gptjax",),
     "gptjax.verbs": ("gptjax",),
     "gptjax.__main__": ("gptjax",),
@@ -180,7 +188,10 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "gptjax": ("configs", "experiments", "tests", "tensorflow", "pickle"),
     **{f"gptjax.{name}": ("torch", "transformers") for name in ("cli", "generate", "harness", "model", "parallel", "plan", "train")},
     "gptjax.config": ("jax", "flax", "optax", "orbax", "grain", "torch", "transformers"),
-    **{f"gptjax.{name}": ("jax", "flax", "optax", "orbax", "torch", "transformers") for name in ("analysis", "data", "measures")},
+    **{
+        f"gptjax.{name}": ("jax", "flax", "optax", "orbax", "torch", "transformers")
+        for name in ("analysis", "attacks", "data", "measures")
+    },
 }
 
 
