@@ -20,6 +20,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.data": ("gptjax.config", "gptjax.data"),
     "gptjax.parallel": ("gptjax.config", "gptjax.parallel"),
     "gptjax.model": ("gptjax.config", "gptjax.parallel.pipeline", "gptjax.parallel.sharding", "gptjax.model"),
+    "gptjax.adapters": ("gptjax.config", "gptjax.model", "gptjax.parallel.sharding", "gptjax.adapters"),
+    "gptjax.adapters.peft": ("gptjax.config", "gptjax.model", "gptjax.interop", "gptjax.adapters"),
     "gptjax.train.objectives": ("gptjax.config",),
     "gptjax.train.groups": ("gptjax.config", "gptjax.model.parameterization"),
     **{f"gptjax.train.{rule}": () for rule in ("soap", "sophia", "prodigy")},
@@ -43,6 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.train.run": ("gptjax.config",),
     "gptjax.train.checkpoints": ("gptjax.config", "gptjax.train.manifest", "gptjax.train.run"),
     "gptjax.train.step": (
+        "gptjax.adapters",
         "gptjax.config",
         "gptjax.model",
         "gptjax.parallel",
@@ -56,6 +59,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.state_precision",
     ),
     "gptjax.train.restore": (
+        "gptjax.adapters",
         "gptjax.config",
         "gptjax.data.reserved",
         "gptjax.data.tokenizers",
@@ -70,6 +74,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.step",
     ),
     "gptjax.train.convert": (
+        "gptjax.adapters",
         "gptjax.config",
         "gptjax.data.tokenizers",
         "gptjax.interop",
@@ -105,6 +110,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train",
     ),
     "gptjax.train.loop": (
+        "gptjax.adapters",
         "gptjax.config",
         "gptjax.data",
         "gptjax.generate",

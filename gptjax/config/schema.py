@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from gptjax.config.adapter import AdapterConfig
 from gptjax.config.data import DataConfig
 from gptjax.config.knobs import UserError, knob
 from gptjax.config.model import ModelConfig
@@ -23,6 +24,7 @@ class Config:
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
