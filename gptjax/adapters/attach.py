@@ -54,9 +54,7 @@ def adapted(config: Config, layers: Any) -> list[str]:
     for pattern in config.adapter.patterns:
         if not any(re.search(pattern, f"{name}/kernel") for name in names):
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-            raise UserError(
-                f"adapter.targets: {pattern!r} is found in no kernel of the layers; the nearest are {', '.join(near)}."
-            )
+            raise UserError(f"adapter.targets: {pattern!r} is found in no kernel of a layer; the nearest are {', '.join(near)}.")
     return [name for name in names if any(re.search(pattern, f"{name}/kernel") for pattern in config.adapter.patterns)]
 
 

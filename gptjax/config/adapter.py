@@ -133,6 +133,4 @@ def _check_leading(config: Config, method: str) -> None:
     if model.attention_kind == "latent":
         raise UserError(f"{method} gives each layer keys and values, which model.attention_kind=latent makes of something else.")
     if model.num_experts:
-        raise UserError(
-            f"{method} has places without tokens, which model.num_experts={model.num_experts} would route to experts."
-        )
+        raise UserError(f"{method} has places without tokens, but model.num_experts={model.num_experts} would route them.")

@@ -262,7 +262,7 @@ def _block(config: ModelConfig, in_loop: bool) -> type[Block]:
 
 
 def logits(hidden_BTD: jax.Array, table: Any, config: ModelConfig) -> jax.Array:
-    """[B, T, V] in float32; `table` is the embedding [V, D] where it is tied, the head [D, V] where not, or either's `LinearMap`."""
+    """[B, T, V] in float32; `table` is the embedding [V, D] where it is tied, the head [D, V] where not, or a `LinearMap`."""
     if isinstance(table, LinearMap):
         logits_BTV = table(hidden_BTD)
     else:

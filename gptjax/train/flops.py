@@ -12,9 +12,11 @@ is one multiply and one add forward (2) and twice that backward (6).
 Attention adds scores and weighted values, 2 * T * N * H each forward, so 12 * T * N * H with the backward pass in each of L
 layers; where queries and keys are wider than values (latent attention), H is the mean of the two widths. The T x T square is
 counted whole although a causal mask needs half of it: that is the convention. What a backend skips or recomputes (remat, masked
-blocks) is not counted, and neither are norms, softmax and activations. Beside adapters the P weights are frozen, whose own
-gradients, a third of the 6, are not computed: 4 * P + 6 * A, A being the adapters' weights that take part in a product. An additive score counts as a product does,
+blocks) is not counted, and neither are norms, softmax and activations. An additive score counts as a product does,
 v . tanh(query + key) being H multiplications and additions; its H sums and H tanh are activations.
+
+Beside adapters the P weights are frozen, whose own gradients, a third of the 6, are not computed: 4 * P + 6 * A, A being the
+adapters' weights that take part in a product.
 """
 
 from __future__ import annotations

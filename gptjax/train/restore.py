@@ -82,9 +82,16 @@ def load_run(
 
 
 def load_params(
-    workdir: pathlib.Path, log: Callable[[str], None], step: int | None = None, config: Config | None = None
+    workdir: pathlib.Path,
+    log: Callable[[str], None],
+    step: int | None = None,
+    config: Config | None = None,
+    merges: bool = True,
 ) -> TrainedParams:
-    """As `load_run`, of a folder that may have no tokenizer. Of the state, only what evaluation needs is read."""
+    """As `load_run`, of a folder that may have no tokenizer. Of the state, only what evaluation needs is read.
+
+    Adapters are merged where they can be, unless `merges` is False.
+    """
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is not a run's folder: it has no config.json.")
     config = config or config_lib.from_json(workdir / "config.json")
@@ -93,7 +100,9 @@ def load_params(
         restored = checkpoints.restore(_needed(config, abstract_state(config, ANY_LENGTHS, mesh)), step, partial=True)
     if restored is None:
         raise UserError(f"{workdir} has no checkpoint yet.")
-    config, params = merged(config, evaluation_params(config, restored.state))
+    params = evaluation_params(config, restored.state)
+    if merges:
+        config, params = merged(config, params)
     return TrainedParams(config, params, restored.step, restored.metadata)
 
 
