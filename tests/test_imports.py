@@ -20,6 +20,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.data": ("gptjax.config", "gptjax.data"),
     "gptjax.parallel": ("gptjax.config", "gptjax.parallel"),
     "gptjax.model": ("gptjax.config", "gptjax.parallel.pipeline", "gptjax.parallel.sharding", "gptjax.model"),
+    "gptjax.adapters": ("gptjax.config", "gptjax.model", "gptjax.parallel.sharding", "gptjax.adapters"),
+    "gptjax.adapters.peft": ("gptjax.config", "gptjax.model", "gptjax.interop", "gptjax.adapters"),
     "gptjax.train.objectives": ("gptjax.config",),
     "gptjax.train.groups": ("gptjax.config", "gptjax.model.parameterization"),
     **{f"gptjax.train.{rule}": () for rule in ("soap", "sophia", "prodigy")},
@@ -58,6 +60,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.step",
     ),
     "gptjax.train.step": (
+        "gptjax.adapters",
         "gptjax.config",
         "gptjax.model",
         "gptjax.parallel",
@@ -72,6 +75,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.state_precision",
     ),
     "gptjax.train.restore": (
+        "gptjax.adapters",
         "gptjax.config",
         "gptjax.data.reserved",
         "gptjax.data.tokenizers",
@@ -87,6 +91,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.step",
     ),
     "gptjax.train.convert": (
+        "gptjax.adapters",
         "gptjax.config",
         "gptjax.data.tokenizers",
         "gptjax.interop",
@@ -123,6 +128,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train",
     ),
     "gptjax.train.loop": (
+        "gptjax.adapters",
         "gptjax.config",
         "gptjax.data",
         "gptjax.generate",
@@ -186,7 +192,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # Outside packages that a part may not touch: data is numpy only, and nothing needs TensorFlow or unpickles what a stranger wrote.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     "gptjax": ("configs", "experiments", "tests", "tensorflow", "pickle"),
-    **{f"gptjax.{name}": ("torch", "transformers") for name in ("cli", "generate", "harness", "model", "parallel", "plan", "train")},
+    **{
+        f"gptjax.{name}": ("torch", "transformers")
+        for name in ("cli", "generate", "harness", "model", "parallel", "plan", "train")
+    },
     "gptjax.config": ("jax", "flax", "optax", "orbax", "grain", "torch", "transformers"),
     **{
         f"gptjax.{name}": ("jax", "flax", "optax", "orbax", "torch", "transformers")

@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from gptjax.config import data, model, objective, optimizer, parameterization, run, task
+from gptjax.config import adapter, data, model, objective, optimizer, parameterization, run, task
 from gptjax.config.knobs import UserError
 from gptjax.config.schema import Config
 
@@ -68,7 +68,7 @@ def from_dict(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
     config = _build(Config, values, "")
     config = dataclasses.replace(config, model=model.derive(config.model))
     _check_durations(config)
-    for group in (model, data, objective, optimizer, run, parameterization, task):
+    for group in (model, data, objective, optimizer, run, parameterization, adapter, task):
         group.check(config)
     return config
 
