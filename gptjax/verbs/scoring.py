@@ -7,6 +7,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from gptjax import recipes
 from gptjax.config import UserError
 from gptjax.verbs.arguments import count, positive, required, run_config
 from gptjax.verbs.output import log, print_json, write_text
@@ -140,7 +141,7 @@ def _load(arguments: argparse.Namespace) -> Any:
     from gptjax.train.restore import load_run
 
     workdir = pathlib.Path(required(arguments, "workdir"))
-    if not loading.is_huggingface(workdir):
+    if not recipes.is_foreign(workdir):
         workdir, config = run_config(arguments)
         return load_run(workdir, log, arguments.step, config)
     if arguments.overrides or arguments.config:
