@@ -1,5 +1,6 @@
 """What every test stands on: the CPU, a cache of its own, no network, and the shared data where it is present."""
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -8,7 +9,8 @@ import pathlib
 # Most of a test's time is the compiler's, for programs that run a few times on few numbers. Without any optimisation (level 0)
 # it is less still, but then products and sums are rounded one by one; tests that don't mind ask for it. Processes that tests
 # start inherit this. The older emitters, which compile in half the time, went with jax 0.11.
-_QUICK = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
+# Splitting a program so that threads compile its parts side by side is work in vain where another test has the other core.
+_QUICK = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jax").startswith("0.10."):
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
@@ -24,6 +26,10 @@ for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+# What traces leave behind lives long: looking through it as often as Python would by itself takes a tenth of the time.
+gc.freeze()
+gc.set_threshold(100_000, 20, 20)
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 

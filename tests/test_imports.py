@@ -20,6 +20,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.data": ("gptjax.config", "gptjax.data"),
     "gptjax.parallel": ("gptjax.config", "gptjax.parallel"),
     "gptjax.model": ("gptjax.config", "gptjax.parallel.pipeline", "gptjax.parallel.sharding", "gptjax.model"),
+    "gptjax.adapters": ("gptjax.config", "gptjax.model", "gptjax.parallel.sharding", "gptjax.adapters"),
+    "gptjax.adapters.peft": ("gptjax.config", "gptjax.model", "gptjax.interop", "gptjax.adapters"),
     "gptjax.train.objectives": ("gptjax.config",),
     "gptjax.train.groups": ("gptjax.config", "gptjax.model.parameterization"),
     **{f"gptjax.train.{rule}": () for rule in ("soap", "sophia", "prodigy")},
@@ -58,6 +60,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.step",
     ),
     "gptjax.train.step": (
+        "gptjax.adapters",
         "gptjax.config",
         "gptjax.model",
         "gptjax.parallel",
@@ -72,6 +75,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.state_precision",
     ),
     "gptjax.train.restore": (
+        "gptjax.adapters",
         "gptjax.config",
         "gptjax.data.reserved",
         "gptjax.data.tokenizers",
@@ -87,6 +91,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.step",
     ),
     "gptjax.train.convert": (
+        "gptjax.adapters",
         "gptjax.config",
         "gptjax.data.tokenizers",
         "gptjax.interop",
@@ -123,6 +128,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train",
     ),
     "gptjax.train.loop": (
+        "gptjax.adapters",
         "gptjax.config",
         "gptjax.data",
         "gptjax.generate",
@@ -149,13 +155,34 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.parallel",
         "gptjax.interop",
     ),
+    "gptjax.harness": (
+        "gptjax.config",
+        "gptjax.data.sources",
+        "gptjax.generate",
+        "gptjax.harness",
+        "gptjax.model",
+        "gptjax.parallel",
+        "gptjax.train.loss",
+        "gptjax.train.step",
+    ),
     "gptjax.plan": ("gptjax.config", "gptjax.model", "gptjax.parallel", "gptjax.train", "gptjax.plan"),
+    "gptjax.measures": ("gptjax.config", "gptjax.measures"),
+    "gptjax.analysis": ("gptjax.config", "gptjax.measures", "gptjax.analysis"),
     "gptjax.sweeps": (
         "gptjax.config",
+        "gptjax.measures.bootstrap",
         "gptjax.recipes",
         "gptjax.sweeps",
         "gptjax.train.metrics",
         "gptjax.train.run",
+    ),
+    "gptjax.attacks": (
+        "gptjax.attacks",
+        "gptjax.config",
+        "gptjax.data.records",
+        "gptjax.data.sources",
+        "gptjax.measures.bootstrap",
+        "gptjax.measures.measured",
     ),
     "gptjax.cli": ("gptjax",),
     "gptjax.verbs": ("gptjax",),
@@ -165,9 +192,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # Outside packages that a part may not touch: data is numpy only, and nothing needs TensorFlow or unpickles what a stranger wrote.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     "gptjax": ("configs", "experiments", "tests", "tensorflow", "pickle"),
-    **{f"gptjax.{name}": ("torch", "transformers") for name in ("cli", "generate", "model", "parallel", "plan", "train")},
+    **{
+        f"gptjax.{name}": ("torch", "transformers")
+        for name in ("cli", "generate", "harness", "model", "parallel", "plan", "train")
+    },
     "gptjax.config": ("jax", "flax", "optax", "orbax", "grain", "torch", "transformers"),
-    "gptjax.data": ("jax", "flax", "optax", "orbax", "torch", "transformers"),
+    **{
+        f"gptjax.{name}": ("jax", "flax", "optax", "orbax", "torch", "transformers")
+        for name in ("analysis", "attacks", "data", "measures")
+    },
 }
 
 

@@ -8,6 +8,7 @@ its config.
 Everything a person can get wrong here raises `UserError` with one sentence that names the key.
 """
 
+from gptjax.config.adapter import AdapterConfig
 from gptjax.config.backends import ATTENTION_CAPABILITIES, DISTANCE_POSITIONS, PRODUCT_SCORES, attention_refusal
 from gptjax.config.data import DataConfig
 from gptjax.config.door import (
@@ -57,6 +58,7 @@ __all__ = [
     "attention_refusal",
     "check_stages",
     "layer_configs",
+    "AdapterConfig",
     "ModelConfig",
     "DataConfig",
     "ObjectiveConfig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import pathlib
@@ -14,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from gptjax.config import data, model, objective, optimizer, parameterization, run, task
+from gptjax.config import adapter, data, model, objective, optimizer, parameterization, run, task
 from gptjax.config.knobs import UserError
 from gptjax.config.schema import Config
 
@@ -68,7 +69,7 @@ def from_dict(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
     config = _build(Config, values, "")
     config = dataclasses.replace(config, model=model.derive(config.model))
     _check_durations(config)
-    for group in (model, data, objective, optimizer, run, parameterization, task):
+    for group in (model, data, objective, optimizer, run, parameterization, adapter, task):
         group.check(config)
     return config
 
@@ -76,7 +77,7 @@ def from_dict(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
 def _build(cls: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, (Mapping, ml_collections.ConfigDict)):
         raise UserError(f"{prefix.rstrip('.') or 'the config'} is {values!r}, but it must be a group of keys.")
-    types = typing.get_type_hints(cls)
+    types = _types(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
@@ -91,6 +92,9 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
         else:
             arguments[name] = _typed(f"{prefix}{name}", value, types[name], field)
     return cls(**arguments)
+
+
+_types = functools.cache(typing.get_type_hints)  # evaluates each annotation anew, which is most of the time of a check
 
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", tuple[str, ...]: "a list of texts"}

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from gptjax.config.adapter import AdapterConfig
 from gptjax.config.data import DataConfig
 from gptjax.config.knobs import UserError, knob
 from gptjax.config.model import ModelConfig
@@ -25,6 +26,7 @@ class Config:
     objective: ObjectiveConfig = ObjectiveConfig()
     task: TaskConfig = TaskConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()

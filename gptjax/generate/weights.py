@@ -12,12 +12,9 @@ import jax.numpy as jnp
 from gptjax.config import ModelConfig, UserError
 from gptjax.model import quantized
 from gptjax.model.embedding import TRANSPOSED_FACTOR
-from gptjax.model.kernels import LONGEST_INT8, Kernel
+from gptjax.model.kernels import CONTRACTED, LONGEST_INT8, Kernel
 
 WEIGHTS = ("float32", "bfloat16", "int8")
-
-# Axes of a projection's kernel that are contracted; the others are its output.
-CONTRACTED = {"output": 2}
 
 
 def prepare(params: Any, config: ModelConfig, weights: str = "") -> Any:
@@ -38,6 +35,11 @@ def prepare(params: Any, config: ModelConfig, weights: str = "") -> Any:
     """
     if is_prepared(params):
         return params
+    if "adapters" in params:
+        raise UserError(
+            "the model was trained with adapter.method=prompt or prefix, whose places ahead of a text cannot be merged into its "
+            "parameters, and generation has none for them; `gptjax evaluate` has."
+        )
     if weights and config.quantization != "none":
         raise UserError(
             f"weights={weights} would round products otherwise than model.quantization={config.quantization} has trained them; "

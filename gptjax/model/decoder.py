@@ -26,7 +26,7 @@ from gptjax.model.block import Block
 from gptjax.model.cache import Cache
 from gptjax.model.embedding import Embedding
 from gptjax.model.experts import ROUTED, RouterStats
-from gptjax.model.kernels import Kernel
+from gptjax.model.kernels import LinearMap
 from gptjax.model.layers import PROJECTED, Norm, parameter
 from gptjax.model.parameterization import initial_std, output_multiplier
 from gptjax.model.positions import angles_by_base, angles_key
@@ -262,8 +262,8 @@ def _block(config: ModelConfig, in_loop: bool) -> type[Block]:
 
 
 def logits(hidden_BTD: jax.Array, table: Any, config: ModelConfig) -> jax.Array:
-    """[B, T, V] in float32; `table` is the embedding [V, D] where it is tied, the head [D, V] where not, or either's `Kernel`."""
-    if isinstance(table, Kernel):
+    """[B, T, V] in float32; `table` is the embedding [V, D] where it is tied, the head [D, V] where not, or a `LinearMap`."""
+    if isinstance(table, LinearMap):
         logits_BTV = table(hidden_BTD)
     else:
         dtype = jnp.dtype(config.dtype)
@@ -273,5 +273,5 @@ def logits(hidden_BTD: jax.Array, table: Any, config: ModelConfig) -> jax.Array:
 
 
 def output_table(params: Any, config: ModelConfig) -> Any:
-    """The parameter that turns hidden vectors into logits: [V, D] where tied, [D, V] where not, or either's `Kernel`."""
+    """The parameter that turns hidden vectors into logits: [V, D] where tied, [D, V] where not, or either's `LinearMap`."""
     return params["embed"]["tokens"] if config.tied_embeddings else params["head"]

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from gptjax.config import ModelConfig
 from gptjax.model import primitives
-from gptjax.model.kernels import Kernel
+from gptjax.model.kernels import LinearMap
 from gptjax.model.layers import linear, parameter
 from gptjax.model.parameterization import initial_std
 from gptjax.model.positions import sinusoids
@@ -63,7 +63,7 @@ class Embedding(nn.Module):
 
 def _look_up(table_VD: Any, ids_BT: jax.Array) -> jax.Array:
     """[B, T, D], each device looking up its own rows in its own part of the width."""
-    if isinstance(table_VD, Kernel):
+    if isinstance(table_VD, LinearMap):
         return constrain(table_VD.rows(ids_BT), "batch", "length", None)
     x_BTD = primitives.embed(constrain(table_VD, None, "lookup_width"), ids_BT)
     return constrain(x_BTD, "batch", "length", "lookup_width")

@@ -24,8 +24,24 @@ DIGITS, BASE = 3, 254
 LONGEST_INT8 = 2**31 // 127**2
 
 
+# Axes of a projection's kernel that are contracted; the others are its output.
+CONTRACTED = {"output": 2}
+
+
+class LinearMap:
+    """What may stand in a kernel's or a table's place: whoever makes one says what the product is."""
+
+    def __call__(self, x: jax.Array, contracted: int = 1) -> jax.Array:
+        """The last `contracted` axes of `x` to the map's own, in float32."""
+        raise NotImplementedError
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """Rows of a table, [..., I] in float32."""
+        raise NotImplementedError
+
+
 @struct.dataclass
-class Kernel:
+class Kernel(LinearMap):
     """A linear map from I = prod(in_shape) to O = prod(out_shape)."""
 
     weights_OI: jax.Array

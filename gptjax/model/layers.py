@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.model import primitives, quantized
-from gptjax.model.kernels import Kernel
+from gptjax.model.kernels import LinearMap
 from gptjax.model.parameterization import initial_std
 from gptjax.parallel.sharding import constrain, spec
 
@@ -33,11 +33,11 @@ PROJECTED = "projected"  # the name of every projection's result, by which remat
 def parameter(module: nn.Module, name: str, initializer: Any, axes: tuple[str, ...], shape: tuple[int, ...], dtype: str) -> Any:
     """A parameter whose dimensions carry logical axis names.
 
-    One that stands there as a `Kernel` comes back as it is. Raises as `sharding.spec` does, naming the parameter: here, since
+    One that stands there as a `LinearMap` comes back as it is. Raises as `sharding.spec` does, naming the parameter: here, since
     the activations that it makes would fail first.
     """
     stored: Any = module.get_variable("params", name)
-    if isinstance(stored, Kernel):
+    if isinstance(stored, LinearMap):
         return stored
     spec(*axes, array="parameter " + "/".join((*module.path, name)))
     return module.param(name, nn.with_logical_partitioning(initializer, axes), shape, jnp.dtype(dtype))
@@ -46,8 +46,8 @@ def parameter(module: nn.Module, name: str, initializer: Any, axes: tuple[str, .
 def linear(
     x: jax.Array, kernel: Any, contracted: int, dtype: str, bias: jax.Array | None, quantization: str = "none"
 ) -> jax.Array:
-    """`primitives.linear`, whose kernel may be a `Kernel`, or whose product is one of `quantized.FORMS`."""
-    if isinstance(kernel, Kernel):
+    """`primitives.linear`, whose kernel may be a `LinearMap`, or whose product is one of `quantized.FORMS`."""
+    if isinstance(kernel, LinearMap):
         y = kernel(x, contracted)
     elif quantization != "none":
         y = quantized.linear(quantization, x, kernel, contracted, dtype)

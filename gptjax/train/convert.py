@@ -20,7 +20,9 @@ import ml_collections
 import numpy as np
 
 from gptjax import config as config_lib
+from gptjax.adapters import peft
 from gptjax.config import Config, UserError
+from gptjax.config.adapter import LEADING
 from gptjax.config.objective import sees_later_tokens
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.interop import formats, huggingface, layout, tokens, verify
@@ -81,8 +83,10 @@ def import_model(
     tokenizer_path: str = "",
     overrides: Sequence[str] = (),
     verified: bool = False,
+    adapter: str = "",
 ) -> dict[str, Any]:
-    """Writes a run's folder with the model at `source`: config.json, tokenizer, and a checkpoint of parameters at step 0.
+    """Writes a run's folder with the model at `source`: config.json, tokenizer, and a checkpoint of parameters at step 0; with
+    the adapter of the PEFT folder `adapter` beside it, as a run that was trained with it has.
 
     `format`: a key of `formats.FORMATS`, "": told by what is there; `dtype`: of the parameters, "": as stored; `overrides` such
     as model.max_seq_len=8192 are laid over what the source says. Returns a summary. Raises `UserError`, OSError where the disk
@@ -93,6 +97,8 @@ def import_model(
         verify.check_installed()
         if model.format != "huggingface":
             raise UserError(f"--verify compares with transformers, which does not read {source}, a {model.format} file.")
+    if adapter and model.format != "huggingface":
+        raise UserError(f"--adapter={adapter} is for a Hugging Face folder, not for {source}, a {model.format} file.")
     tokenizer, reason = _tokenizer(model, tokenizer_path)
     config = _run_config(model, tokenizer, output, dtype, overrides)
     model.check(config.model)
@@ -103,6 +109,9 @@ def import_model(
     about = {"format": model.format, "architecture": model.architecture, "kinds": model.kinds(config.model)}
     with new_folder(output, size + 2**20) as folder:
         params = model.read(config.model)
+        if adapter:
+            knobs, own = peft.read(pathlib.Path(adapter), model.architecture, config.model, params)
+            config = _with_adapter(config, knobs)
         run.write_atomically(folder / "config.json", config_lib.to_json(config).encode())
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
@@ -110,6 +119,7 @@ def import_model(
         if found:
             run.write_json(folder / "verify.json", found)
             _judge(found)
+        params = params | ({"adapters": own} if adapter else {})
         state = {"params": jax.tree.map(functools.partial(jax.device_put, may_alias=True), params)}
         del params
         checkpoint = dataclasses.replace(config.checkpoint, asynchronous=False, max_failures=1)
@@ -126,6 +136,16 @@ def import_model(
         "tokenizer": tokenizer.kind if tokenizer else None,
         "verify": found,
     }
+
+
+def _with_adapter(config: Config, knobs: dict[str, Any]) -> Config:
+    """The config of a run that was trained with such an adapter."""
+    values = config_lib.to_dict(config)
+    values["adapter"] = knobs
+    if knobs["method"] in LEADING:
+        longest = config.model.max_seq_len - knobs["prompt_length"]
+        values["data"] |= {"packing": "windows", "seq_len": min(config.data.seq_len, longest)}
+    return config_lib.from_dict(values)
 
 
 def _tokenizer(model: Foreign, path: str) -> tuple[Tokenizer | None, str]:
@@ -199,6 +219,11 @@ def export_model(
             f"{workdir} was trained with objective.name={config.objective.name}, whose tokens see later ones; the models of "
             "Hugging Face that could hold its parameters see only earlier ones."
         )
+    if config.adapter.method in LEADING:
+        raise UserError(
+            f"{workdir} was trained with adapter.method={config.adapter.method}, whose places ahead of a text are in no parameter "
+            "of a Hugging Face model; --to=peft writes them."
+        )
     huggingface.architecture_for(parameterization.standard(config.model))  # refuses before anything is restored
     tokenizer = load_tokenizer(workdir / "tokenizer") if (workdir / "tokenizer").is_dir() else None
     trained = load_params(workdir, log, step, config)
@@ -218,6 +243,27 @@ def export_model(
         "step": trained.step,
         "bytes": export.num_bytes,
         "verify": found,
+    }
+
+
+def export_adapter(workdir: pathlib.Path, output: pathlib.Path, log: Log, *, step: int | None = None) -> dict[str, Any]:
+    """Writes a PEFT folder of a run's adapter. Returns a summary. Raises `UserError` where the run has none that PEFT has, or no
+    Hugging Face architecture expresses its decoder, and OSError where the disk refuses.
+    """
+    config = config_lib.from_json(workdir / "config.json")
+    if config.adapter.method == "none":
+        raise UserError(f"{workdir} was trained with adapter.method=none; --to=huggingface writes its model.")
+    kind = huggingface.architecture_for(config.model)
+    trained = load_params(workdir, log, step, config, merges=False)
+    with new_folder(output, 2**20) as folder:
+        peft.write(folder, kind, config, trained.params, config.init_from)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+    return {
+        "output": str(output),
+        "architecture": f"an adapter of {kind}",
+        "step": trained.step,
+        "bytes": size,
+        "verify": None,
     }
 
 

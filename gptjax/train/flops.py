@@ -14,6 +14,9 @@ layers; where queries and keys are wider than values (latent attention), H is th
 counted whole although a causal mask needs half of it: that is the convention. What a backend skips or recomputes (remat, masked
 blocks) is not counted, and neither are norms, softmax and activations. An additive score counts as a product does,
 v . tanh(query + key) being H multiplications and additions; its H sums and H tanh are activations.
+
+Beside adapters the P weights are frozen, whose own gradients, a third of the 6, are not computed: 4 * P + 6 * A, A being the
+adapters' weights that take part in a product.
 """
 
 from __future__ import annotations
@@ -82,9 +85,13 @@ def attention_width(model: ModelConfig) -> float:
     return model.num_heads * (model.query_dim + model.head_dim) / 2
 
 
-def flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Model FLOPs of training (forward and backward) for one token in rows of `seq_len` tokens: see the head of this file."""
-    return 6.0 * matmul_parameters(model) + 12.0 * model.num_blocks * seq_len * attention_width(model)
+def flops_per_token(model: ModelConfig, seq_len: int, adapted: int | None = None) -> float:
+    """Model FLOPs of training (forward and backward) for one token in rows of `seq_len` tokens: see the head of this file.
+
+    `adapted`: weights of adapters, all others being frozen; None: all are trained.
+    """
+    of_weights = 6.0 * matmul_parameters(model) if adapted is None else 4.0 * matmul_parameters(model) + 6.0 * adapted
+    return of_weights + 12.0 * model.num_blocks * seq_len * attention_width(model)
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
@@ -108,12 +115,22 @@ def mfu(tokens_per_second: float | None, token_flops: float, num_devices: int, p
     return tokens_per_second * token_flops / (num_devices * peak)
 
 
-def describe_mfu(model: ModelConfig, seq_len: int, device_kind: str, num_devices: int, peak_tflops: float = 0.0) -> str:
+def describe_mfu(
+    model: ModelConfig,
+    seq_len: int,
+    device_kind: str,
+    num_devices: int,
+    peak_tflops: float = 0.0,
+    adapted: int | None = None,
+) -> str:
     """One line for the log at start: what a token costs, by which formula, against which peak."""
     parameters, width = matmul_parameters(model), attention_width(model)
+    weights = (
+        f"6 * {parameters:,} weights" if adapted is None else f"4 * {parameters:,} frozen weights + 6 * {adapted:,} adapters'"
+    )
     cost = (
-        f"FLOPs a token: 6 * {parameters:,} weights + 12 * {model.num_blocks} layers * {seq_len:,} tokens * {width:,.0f} head "
-        f"width = {flops_per_token(model, seq_len) / 1e9:.4g} G"
+        f"FLOPs a token: {weights} + 12 * {model.num_blocks} layers * {seq_len:,} tokens * {width:,.0f} head "
+        f"width = {flops_per_token(model, seq_len, adapted) / 1e9:.4g} G"
     )
     peak = device_peak(device_kind, model.dtype, peak_tflops)
     devices = f"{num_devices} x {device_kind}"

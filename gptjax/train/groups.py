@@ -30,9 +30,9 @@ def _map_named(of: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def decay_mask(config: OptimizerConfig, params: Any) -> Any:
     """True for each parameter that weight decay applies to: those that no pattern of `optimizer.no_decay` is found in, but for
-    the blocks' layer scales, which weigh a branch as a norm's scale would.
+    the blocks' layer scales, which weigh a branch as a norm's scale would, and adapters' factors.
     """
-    patterns = (*config.no_decay, "layer_scale$")
+    patterns = (*config.no_decay, "layer_scale$", "^adapters/.*/(rescale|magnitude)$")
     return _map_named(lambda name, _: not any(re.search(pattern, name) for pattern in patterns), params)
 
 
@@ -72,18 +72,20 @@ def decay_multipliers(config: Config, params: Any) -> Any:
 
 # --- frozen parameters ---------------------------------------------
 
+_LAYERS = ("layers/", "adapters/layers/")
+
 
 @functools.cache
 def _frozen(config: Config, name: str) -> bool:
     """Whether no part of the parameter ever changes."""
-    if any(re.search(pattern, name) for pattern in config.optimizer.freeze):
+    if not config.adapter.trains(name) or any(re.search(pattern, name) for pattern in config.optimizer.freeze):
         return True
-    return name.startswith("layers/") and len(frozen_layers(config.optimizer, config.model.num_layers)) == config.model.num_layers
+    return name.startswith(_LAYERS) and len(frozen_layers(config.optimizer, config.model.num_layers)) == config.model.num_layers
 
 
 def _moving_layers(config: Config, name: str, leaf: Any) -> np.ndarray | None:
     """float32 [L, 1, ...], 0 for the frozen layers of a stacked parameter; None where none is."""
-    if not config.optimizer.freeze_layers or not name.startswith("layers/"):
+    if not config.optimizer.freeze_layers or not name.startswith(_LAYERS):
         return None
     frozen = frozen_layers(config.optimizer, config.model.num_layers)
     moves = np.array([layer not in frozen for layer in range(config.model.num_layers)], np.float32)
@@ -91,7 +93,7 @@ def _moving_layers(config: Config, name: str, leaf: Any) -> np.ndarray | None:
 
 
 def _freezes(config: Config) -> bool:
-    return bool(config.optimizer.freeze or config.optimizer.freeze_layers)
+    return bool(config.optimizer.freeze or config.optimizer.freeze_layers or config.adapter.method != "none")
 
 
 def keep_frozen(config: Config, new: Any, old: Any) -> Any:
@@ -106,8 +108,39 @@ def keep_frozen(config: Config, new: Any, old: Any) -> Any:
     return _map_named(of, old, new) if _freezes(config) else new
 
 
+def trained_part(config: Config, params: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """(the parameters without those that are frozen whole, what makes all parameters of such a tree again)."""
+    if not _freezes(config):
+        return params, lambda part: part
+
+    def whole(part: Any) -> Any:
+        return jax.tree.map(lambda own, trained: own if isinstance(trained, optax.MaskedNode) else trained, params, part)
+
+    return hide_frozen(config, params), whole
+
+
+def with_zeros(part: Any, params: Any) -> Any:
+    """Gradients of a `trained_part`, with float32 zeros for all other parameters."""
+
+    def filled(own: jax.Array, gradient: Any) -> Any:
+        return jnp.zeros(own.shape, jnp.float32) if isinstance(gradient, optax.MaskedNode) else gradient
+
+    return jax.tree.map(filled, params, part)
+
+
+def trained_count(config: Config, params: Any) -> tuple[int, int]:
+    """(numbers that are trained, all numbers) of a tree of arrays or shapes."""
+
+    def of(name: str, leaf: Any) -> int:
+        moves = _moving_layers(config, name, leaf)
+        share = 1.0 if moves is None else moves.mean()
+        return 0 if _frozen(config, name) else round(leaf.size * share)
+
+    return sum(jax.tree.leaves(_map_named(of, params))), sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 def without_frozen(config: Config, gradients: Any) -> Any:
-    """Gradients with 0 for what is frozen, so that it counts in no norm; those of whole parameters are then never computed."""
+    """Gradients with 0 for what is frozen, so that it counts in no norm."""
     return keep_frozen(config, gradients, jax.tree.map(jnp.zeros_like, gradients)) if _freezes(config) else gradients
 
 
@@ -147,4 +180,5 @@ def check_patterns(config: Config, params: Any) -> None:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
             raise UserError(f"optimizer.{key}: {pattern!r} is found in no parameter; the nearest are {', '.join(near)}.")
     if all(_frozen(config, name) for name in names):
-        raise UserError("optimizer.freeze and optimizer.freeze_layers leave no parameter to train.")
+        adapter = "" if config.adapter.method == "none" else f"adapter.method={config.adapter.method}, "
+        raise UserError(f"{adapter}optimizer.freeze and optimizer.freeze_layers leave no parameter to train.")

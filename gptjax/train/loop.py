@@ -21,6 +21,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gptjax.adapters.attach import adapter_weights
+from gptjax.adapters.merge import merged
 from gptjax.config import Config, Stages, UserError, flatten, tasks_of, to_dict
 from gptjax.config.objective import writing_part, writing_refusal
 from gptjax.data.mixture import describe
@@ -37,6 +39,7 @@ from gptjax.train.checkpoints import CheckpointError, Checkpoints
 from gptjax.train.curve import draw_loss_curve
 from gptjax.train.evaluate import by_source, evaluate
 from gptjax.train.flops import describe_mfu, device_peak, flops_per_token, mfu
+from gptjax.train.groups import trained_count
 from gptjax.train.metrics import LiveLine, MetricsWriter, log_to_stderr, parameter_table
 from gptjax.train.optimizers import Lengths, evaluation_params
 from gptjax.train.restore import initial_params
@@ -236,7 +239,11 @@ def _check_stages(config: Config, stages: Stages, mesh: Mesh) -> None:
 def _describe(run: Run, state: TrainState) -> None:
     c, mesh = run.config, run.mesh
     run.line(parameter_table(state.params))
-    run.line(describe_mfu(c.model, c.data.seq_len, mesh.devices.flat[0].device_kind, mesh.size, c.metrics.peak_tflops))
+    trained, total = trained_count(c, state.params)
+    if trained < total:
+        run.line(f"trained: {trained:,} of {total:,} parameters ({trained / total:.3%}); the others are frozen.")
+    kind = mesh.devices.flat[0].device_kind
+    run.line(describe_mfu(c.model, c.data.seq_len, kind, mesh.size, c.metrics.peak_tflops, adapter_weights(c)))
     if c.evaluate.sample_tokens and not tasks_of(c) and (refusal := writing_refusal(c.objective)):
         run.line(f"evaluate.sample_tokens={c.evaluate.sample_tokens} has no effect: {refusal}")
     total = run.lengths.total
@@ -324,7 +331,7 @@ def _read(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
         "learning_rate": values["learning_rate"],
         "nonfinite_steps": values["nonfinite_steps"],
         "tokens_per_second": rate,
-        "mfu": mfu(rate, flops_per_token(c.model, stage.seq_len), run.mesh.size, peak),
+        "mfu": mfu(rate, flops_per_token(c.model, stage.seq_len, adapter_weights(c)), run.mesh.size, peak),
         "seconds": run.seconds,
     } | {name: value for name, value in values.items() if name.startswith(("moe/", "heads/"))}
     if len(run.stages.every) > 1:
@@ -415,9 +422,10 @@ def _show(run: Run, judged: Examples, step: int) -> None:
 
 def _sample(run: Run, params: Any, step: int) -> None:
     c = run.config.evaluate
+    config, params = merged(run.config, params)
     sample = generate_text(
         params,
-        run.config,
+        config,
         run.dataset.tokenizer,
         [c.sample_prompt],
         GenerationConfig(max_new_tokens=c.sample_tokens, temperature=c.sample_temperature, top_k=c.sample_top_k),

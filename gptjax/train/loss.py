@@ -104,6 +104,31 @@ def token_nll(
     return jnp.asarray(nll_BT)
 
 
+def token_log_probs(
+    hidden_BTD: jax.Array,
+    head: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    transposed: bool,
+    chunk: int = 0,
+    dtype: Any = jnp.float32,
+    softcap: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """(log-probability of each target, float32 [B, T]; whether no other token has more, bool [B, T]), without gradients;
+    arguments as `softmax_cross_entropy`.
+    """
+    options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype), softcap)
+
+    def one(hidden_BcD, targets_Bc):
+        logits_BcV = _logits(options, hidden_BcD, head)
+        _, nll_Bc = _token_losses(options, logits_BcV, _softmax(logits_BcV), targets_Bc)
+        return (), (-nll_Bc, jnp.argmax(logits_BcV, axis=-1) == targets_Bc)
+
+    head = _over_vocabulary(head, transposed)
+    _, (log_probs_BT, is_best_BT) = _over_chunks(options, head, one, (hidden_BTD, targets_BT))
+    return log_probs_BT, is_best_BT
+
+
 def sampled_targets(
     hidden_BTD: jax.Array,
     head: jax.Array,
@@ -200,7 +225,7 @@ def _softmax(logits_BcV: jax.Array) -> _Softmax:
     exponentials_BcV = jnp.exp(logits_BcV - top_Bc[..., None])
     if primitives.hand_written():  # XLA's CPU backend would draw them again, on one core, for the sum and for the gradient
         exponentials_BcV = jax.lax.optimization_barrier(exponentials_BcV)
-    return _Softmax(top_Bc, exponentials_BcV, exponentials_BcV.sum(-1))
+    return _Softmax(top_Bc, exponentials_BcV, primitives.row_sum(exponentials_BcV))
 
 
 def _token_losses(

@@ -15,19 +15,21 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from gptjax import config as config_lib
-from gptjax.config import Config, ModelConfig, UserError
+from gptjax.adapters.merge import merged
+from gptjax.config import AdapterConfig, Config, ModelConfig, UserError
 from gptjax.data.reserved import text_tokenizer
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_folder
 from gptjax.generate import weights
 from gptjax.interop import huggingface
 from gptjax.model.parameterization import output_multiplier, query_multiplier, standard
 from gptjax.parallel.mesh import make_mesh
+from gptjax.parallel.sharding import laid_over
 from gptjax.tasks.losses import HEADS
 from gptjax.train.checkpoints import Checkpoints
 from gptjax.train.optimizers import Lengths, evaluation_params
 from gptjax.train.run import named_leaves
 from gptjax.train.state import TrainState
-from gptjax.train.step import abstract_state, decoder_params, init_params
+from gptjax.train.step import abstract_state, decoder_params, init_params, with_adapters
 
 # A schedule's lengths don't change the shape of any state.
 ANY_LENGTHS = Lengths(total=1, warmup=0, decay=1)
@@ -38,7 +40,7 @@ class TrainedParams:
     """The parameters of a run, without its tokenizer."""
 
     config: Config
-    params: Any  # those to evaluate with: the average where the run keeps one
+    params: Any  # those to evaluate with: the average where the run keeps one; adapters are merged where they can be
     step: int
     metadata: dict[str, Any]  # what was saved with the checkpoint
 
@@ -81,9 +83,16 @@ def load_run(
 
 
 def load_params(
-    workdir: pathlib.Path, log: Callable[[str], None], step: int | None = None, config: Config | None = None
+    workdir: pathlib.Path,
+    log: Callable[[str], None],
+    step: int | None = None,
+    config: Config | None = None,
+    merges: bool = True,
 ) -> TrainedParams:
-    """As `load_run`, of a folder that may have no tokenizer. Of the state, only what evaluation needs is read."""
+    """As `load_run`, of a folder that may have no tokenizer. Of the state, only what evaluation needs is read.
+
+    Adapters are merged where they can be, unless `merges` is False.
+    """
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is not a run's folder: it has no config.json.")
     config = config or config_lib.from_json(workdir / "config.json")
@@ -93,6 +102,8 @@ def load_params(
     if restored is None:
         raise UserError(f"{workdir} has no checkpoint yet.")
     params = evaluation_params(config, restored.state)
+    if merges:
+        config, params = merged(config, params)
     return TrainedParams(config, params, restored.step, restored.metadata)
 
 
@@ -146,14 +157,33 @@ def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None], token
     _check_multipliers(folder, model, config.model)
     if tokenizer is not None:
         _check_same_tokenizer(folder, theirs, tokenizer, log)
-    wanted = abstract_state(config, ANY_LENGTHS, mesh).params
+    plain = dataclasses.replace(config, adapter=AdapterConfig())
+    wanted = abstract_state(plain, ANY_LENGTHS, mesh).params
     params, heads = decoder_params(params), params.get(HEADS)
     if theirs is not None and tokenizer is not None and theirs.vocab_size < tokenizer.vocab_size:
-        params = _with_new_tokens(config, params, decoder_params(wanted), log)
+        params = _with_new_tokens(plain, params, decoder_params(wanted), log)
     _check_fit(folder, params, decoder_params(wanted))
-    params = _with_heads(config, params, heads, wanted, log)
+    params = _with_heads(plain, params, heads, wanted, log)
     log(f"initial parameters from {folder}.")
-    return jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, wanted)
+    params = jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, wanted)
+    return params if config == plain else _with_adapters(config, params, mesh)
+
+
+def _with_adapters(config: Config, params: Any, mesh: Mesh) -> Any:
+    """A decoder's parameters, frozen, and fresh adapters of the run's seed, laid over the mesh."""
+    names = jax.eval_shape(lambda: init_params(dataclasses.replace(config, adapter=AdapterConfig()), jnp.uint32(0)))
+
+    def attach(params: Any, seed: jax.Array) -> Any:
+        boxed = jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), names, params, is_leaf=_is_box)
+        return nn.unbox(with_adapters(config, boxed, seed))
+
+    shardings = jax.tree.map(lambda like: like.sharding, abstract_state(config, ANY_LENGTHS, mesh).params)
+    with laid_over(mesh, config.mesh):
+        return jax.jit(attach, out_shardings=shardings)(params, jnp.uint32(config.train.seed))
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
 
 
 def _check_same_tokenizer(folder: pathlib.Path, theirs: Tokenizer | None, ours: Tokenizer, log: Callable[[str], None]) -> None:

@@ -17,6 +17,8 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from gptjax.adapters.attach import attached
+from gptjax.adapters.compose import composed, num_leading, with_leading
 from gptjax.config import Config, tasks_of
 from gptjax.model import primitives
 from gptjax.model.decoder import Decoder, output_table
@@ -24,7 +26,7 @@ from gptjax.model.experts import RouterStats, router_losses
 from gptjax.parallel.sharding import batch_sharding, laid_over, parameter_shardings, replicated, use_rules
 from gptjax.tasks.losses import HEADS, init_heads, task_losses
 from gptjax.train import state_precision
-from gptjax.train.groups import check_patterns, keep_frozen, without_frozen
+from gptjax.train.groups import check_patterns, keep_frozen, trained_part, with_zeros, without_frozen
 from gptjax.train.loss import sampled_targets, softmax_cross_entropy
 from gptjax.train.objectives import OBJECTIVES, Example, further_ahead
 from gptjax.train.optimizers import Lengths, make_optimizer, make_schedule
@@ -36,7 +38,7 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 # What a random key is for: folded into the seed first, so that no two uses ever share bits.
-INIT, DROPOUT, CURVATURE, HEAD_INIT = 0, 1, 2, 3
+INIT, DROPOUT, CURVATURE, ADAPTERS, HEAD_INIT = 0, 1, 2, 3, 4
 
 
 def _float32(tree: Any) -> Any:
@@ -50,9 +52,14 @@ def init_params(config: Config, seed: jax.Array) -> Any:
     """
     key = jax.random.fold_in(jax.random.key(seed), INIT)
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
-    params = Decoder(config.model).init(key, tokens_BT)["params"]
+    params = with_adapters(config, Decoder(config.model).init(key, tokens_BT)["params"], seed)
     heads = init_heads(config, jax.random.fold_in(jax.random.key(seed), HEAD_INIT))
     return params | ({HEADS: heads} if heads else {})
+
+
+def with_adapters(config: Config, boxed: Any, seed: jax.Array) -> Any:
+    """A decoder's parameters, carrying their logical names, as `config.adapter` freezes them, and fresh adapters beside them."""
+    return attached(config, boxed, jax.random.fold_in(jax.random.key(seed), ADAPTERS))
 
 
 @functools.cache
@@ -130,8 +137,9 @@ def hidden_states(
     """([B, T, D], what the routers did) in training and evaluation alike; packed rows see only their own segment, windows have
     one. `of_heads`: a list of them, of all prediction heads.
     """
+    leading, example = num_leading(config, params), with_leading(config, params, example)
     found: Any = Decoder(config.model).apply(
-        {"params": decoder_params(params)},
+        {"params": composed(config, params)},
         example.inputs,
         example.positions,
         segment_ids_BT=example.segment_ids if config.data.packing != "windows" else None,
@@ -139,11 +147,11 @@ def hidden_states(
         dropout_keys=dropout_keys,
         method=Decoder.hidden_of_heads if of_heads else Decoder.hidden,
     )
-    return found[0], found[-1]
+    return jax.tree.map(lambda hidden_BTD: hidden_BTD[:, leading:], found[0]), found[-1]
 
 
 def decoder_params(params: Any) -> Any:
-    """What the decoder is applied to, of all that is trained."""
+    """The decoder's own part of all that is trained."""
     return {name: part for name, part in params.items() if name != HEADS}
 
 
@@ -282,18 +290,22 @@ def _curvature_if_due(config: Config, state: TrainState, batch: Batch, gradients
 def summed_gradients(
     config: Config, params: Any, batch: Batch, dropout_keys: Any, loss: Callable[..., tuple[jax.Array, Metrics]] = example_loss
 ) -> tuple[Any, Metrics]:
-    """Gradient of the summed loss, and the summed parts, over all micro-batches."""
+    """Gradient of the summed loss, 0 and not computed where parameters are frozen, and the summed parts, over all
+    micro-batches."""
     parts = config.train.accumulation_steps
 
     def one(rows: tuple[Batch, Any]) -> tuple[Any, Metrics]:
         micro_batch, keys = rows
-        if tasks_of(config):
-            loss_of = functools.partial(task_loss, config, batch=micro_batch, dropout_keys=keys)
-        else:
+        trained, whole = trained_part(config, params)
+
+        def loss_of(trained: Any) -> tuple[jax.Array, Metrics]:
+            if tasks_of(config):
+                return task_loss(config, whole(trained), micro_batch, keys)
             example = OBJECTIVES[config.objective.name](micro_batch)
-            loss_of = functools.partial(loss, config, example=example, dropout_keys=keys)
-        (loss_sum, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-        return _float32(gradients), metrics | {"loss_sum": loss_sum}
+            return loss(config, whole(trained), example=example, dropout_keys=keys)
+
+        (loss_sum, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        return with_zeros(_float32(gradients), params), metrics | {"loss_sum": loss_sum}
 
     if parts == 1:
         return one((batch, dropout_keys))
@@ -320,7 +332,7 @@ def _step(config: Config, lengths: Lengths, state: TrainState, batch: Batch) -> 
         gradients = jax.tree.map(lambda g: g * scale, gradients)
         optimizer: Any = make_optimizer(config, schedule, lengths.total)
         updates, opt_state = optimizer.update(gradients, opt_state, _float32(params), **extra)
-        params = optax.apply_updates(params, updates)
+        params = keep_frozen(config, optax.apply_updates(params, updates), params)
         if ema_params is not None:
             averaged = optax.incremental_update(params, ema_params, 1 - c.ema_decay)
             ema_params = keep_frozen(config, averaged, ema_params)

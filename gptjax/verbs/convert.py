@@ -20,7 +20,9 @@ def add(verbs: Any) -> None:
         "Make a run's folder of a Hugging Face folder, a GGUF file or a llama2.c file, or a Hugging Face folder of a run.",
         """examples:
   gptjax convert --from=Qwen2-0.5B --output=runs/qwen2
-  gptjax convert --workdir=runs/shakespeare --to=huggingface --output=shakespeare-hf --verify""",
+  gptjax convert --workdir=runs/shakespeare --to=huggingface --output=shakespeare-hf --verify
+  gptjax convert --from=gpt2 --adapter=gpt2-lora --output=runs/tuned
+  gptjax convert --workdir=runs/lora --to=peft --output=lora-peft""",
     )
     parser.add_argument("--from", dest="source", metavar="PATH", help="a Hugging Face folder, a .gguf file or a llama2.c file")
     parser.add_argument(
@@ -32,8 +34,13 @@ def add(verbs: Any) -> None:
         metavar="PATH",
         help="with --from: a tokenizer file or folder in place of its own; none: without",
     )
+    parser.add_argument("--adapter", default="", metavar="DIR", help="with --from: a PEFT folder, an adapter of that model")
     parser.add_argument("--workdir", metavar="DIR", help="a run's folder")
-    parser.add_argument("--to", choices=("huggingface",), help="what becomes of --workdir")
+    parser.add_argument(
+        "--to",
+        choices=("huggingface", "peft"),
+        help="what becomes of --workdir: its model, into which adapters are merged, or its adapter alone",
+    )
     parser.add_argument("--step", type=count, metavar="N", help="a checkpoint's step; by default the newest intact one")
     parser.add_argument(
         "--max_shard_size", type=_size, default=_size("5GB"), metavar="SIZE", help="of a file of weights, as in 500MB (5GB)"
@@ -66,7 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
                 tokenizer_path=arguments.tokenizer,
                 overrides=arguments.overrides,
                 verified=arguments.verify,
+                adapter=arguments.adapter,
             )
+        elif arguments.to == "peft":
+            summary = convert.export_adapter(pathlib.Path(arguments.workdir), output, log, step=arguments.step)
         else:
             summary = convert.export_model(
                 pathlib.Path(arguments.workdir),
@@ -98,7 +108,10 @@ def _check_belonging(arguments: argparse.Namespace) -> None:
             raise UserError("--dtype=float16 is for --to=huggingface; a run's parameters are float32 or bfloat16.")
     else:
         given = {"format": arguments.format, "tokenizer": arguments.tokenizer, "config.*": arguments.overrides}
+        given |= {"adapter": arguments.adapter}
         required(arguments, "to")
+        if arguments.to == "peft" and (arguments.verify or arguments.dtype):
+            raise UserError("--verify and --dtype are for --to=huggingface; an adapter is written as it was trained.")
     wrong = [f"--{name}" for name, value in given.items() if value not in (None, "", [])]
     if wrong:
         other = "--workdir" if arguments.source else "--from"

@@ -1,4 +1,4 @@
-"""`gptjax evaluate`: the loss over a whole split."""
+"""`gptjax evaluate`: the loss over a whole split, tasks of lm-evaluation-harness, built-in suites, few-shot tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from gptjax.config import ObjectiveConfig, UserError, from_json
 from gptjax.config.objective import loss_refusal
 from gptjax.parallel import hosts
+from gptjax.verbs import scoring
 from gptjax.verbs.arguments import add_run, add_verb, run_config
 from gptjax.verbs.output import log, print_json
 
@@ -17,13 +18,19 @@ def add(verbs: Any) -> None:
         verbs,
         "evaluate",
         run,
-        "Loss, perplexity and bits per byte over the whole evaluation split.",
+        "Loss, perplexity and bits per byte over the whole evaluation split; or scores of tasks, suites or few-shot prompts.",
         """examples:
   gptjax evaluate --workdir=runs/shakespeare --config.evaluate.batch_size=64 --json
-  gptjax evaluate --workdir=runs/ul2 --objective=causal""",
+  gptjax evaluate --workdir=runs/ul2 --objective=causal
+  gptjax evaluate runs/a --tasks=lambada_openai,arc_easy --num_fewshot=5
+  gptjax evaluate runs/a --tasks=mine --include_path=task_files --limit=100
+  gptjax evaluate runs/a --suite=blimp --data=blimp.zip
+  gptjax evaluate runs/a --few_shot=reviews.json""",
         uses_devices=True,
     )
+    parser.add_argument("folder", nargs="?", metavar="RUN", help="short for --workdir=RUN")
     add_run(parser)
+    scoring.add_arguments(parser)
     parser.add_argument(
         "--objective",
         choices=ObjectiveConfig.__dataclass_fields__["name"].metadata["choices"],
@@ -37,6 +44,12 @@ def add(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.folder is not None:
+        if arguments.workdir:
+            raise UserError(f"{arguments.folder} and --workdir={arguments.workdir} are both given; keep one.")
+        arguments.workdir = arguments.folder
+    if scoring.is_asked_for(arguments):
+        return scoring.run(arguments)
     if arguments.objective:
         arguments.overrides = [*arguments.overrides, f"objective.name={arguments.objective}"]
     workdir, config = run_config(arguments)

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from gptjax import recipes
+from gptjax.config import UserError
 from gptjax.verbs.arguments import add_verb, count, rate, required, share, sizes
 from gptjax.verbs.output import log, print_json, write_json
 
@@ -59,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     topology = parse_topology(required(arguments, "topology"))
     config = recipes.load_recipe(required(arguments, "config"), arguments.overrides)
+    if config.adapter.method != "none":
+        raise UserError(f"gptjax plan counts what training all parameters takes, not adapter.method={config.adapter.method}.")
     prepare(topology)
     from gptjax.plan import report, search
 

@@ -1,0 +1,148 @@
+"""What each method computes, against numpy in float64; what it leaves alone; and what is merged."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.adapters.attach import adapter_weights
+from gptjax.adapters.compose import composed
+from gptjax.adapters.merge import merged, unmerged
+from gptjax.config import AdapterConfig, UserError
+from gptjax.model.cache import Cache
+from gptjax.model.decoder import Decoder
+from gptjax.parallel.mesh import make_mesh
+from gptjax.train.groups import trained_count
+from gptjax.train.optimizers import Lengths
+from gptjax.train.run import named_leaves
+from gptjax.train.step import init_state, make_train_step
+from tests.adapters.cases import CASES, MERGED, case, drawn, effective, example_of, hidden, nested
+from tests.small import random_batch, small, tree_close
+
+PLAIN = AdapterConfig()
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_a_method_is_its_formula_and_merged_is_the_same(name: str) -> None:
+    config = case(name)
+    params, example = drawn(config), example_of(config)
+    wanted = effective(config, params)
+    plain = dataclasses.replace(config, adapter=PLAIN)
+    expected = np.asarray(hidden(plain, nested(wanted), example))
+    np.testing.assert_allclose(np.asarray(hidden(config, params, example)), expected, rtol=0, atol=1e-5)
+    found_config, found = merged(config, params)
+    assert found_config == plain
+    assert named_leaves(found).keys() == wanted.keys()
+    for path, leaf in named_leaves(found).items():
+        np.testing.assert_allclose(np.asarray(leaf), wanted[path], rtol=0, atol=1e-5, err_msg=path)
+    np.testing.assert_allclose(np.asarray(hidden(plain, found, example)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3"])
+def test_what_was_merged_can_be_taken_out_again(name: str) -> None:
+    config = case(name)
+    params = drawn(config)
+    back = unmerged(config, merged(config, params)[1], params["adapters"])
+    tree_close(back, params, rtol=0, atol=1e-5)
+
+
+def test_dora_is_not_taken_out() -> None:
+    with pytest.raises(UserError, match="adapter.method=dora with adapter.base=int8 cannot be taken out"):
+        unmerged(case("int8"), {}, {})
+
+
+def test_a_prompt_is_tokens_ahead() -> None:
+    """Of a decoder whose vocabulary has them too."""
+    config = case("prompt")
+    params, example = drawn(config), example_of(config)
+    size, count = config.model.vocab_size, config.adapter.prompt_length
+    table = jnp.concatenate([params["embed"]["tokens"], params["adapters"]["embed"]["prompt"]])
+    larger = small(model__vocab_size=size + count)
+    decoder = {"embed": params["embed"] | {"tokens": table}, **{name: params[name] for name in ("layers", "final_norm")}}
+    rows = example.inputs.shape[0]
+    ahead = jnp.broadcast_to(size + jnp.arange(count), (rows, count))
+    tokens = jnp.concatenate([ahead, example.inputs], axis=1)
+    positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(count), (rows, count)), example.positions + count], axis=1)
+    expected: Any = Decoder(larger.model).apply({"params": decoder}, tokens, positions, method=Decoder.hidden)
+    np.testing.assert_allclose(hidden(config, params, example), expected[0][:, count:], rtol=0, atol=1e-5)
+    logits: Any = Decoder(config.model).apply({"params": composed(config, params)}, example.inputs)[0]
+    assert logits.shape[-1] == size  # a tied table's new rows are no tokens to predict
+
+
+def test_a_prefix_is_a_cache_ahead() -> None:
+    """The decoder's own cache, in which the first places hold the learned keys and values."""
+    config = case("prefix")
+    params, example = drawn(config), example_of(config)
+    count, length = config.adapter.prompt_length, example.inputs.shape[1]
+    rows = example.inputs.shape[0]
+    cache = Cache.empty(config.model, rows, count + length)
+    own = {name: params["adapters"]["layers"]["attention"][name]["prefix"] for name in ("key", "value")}
+    biases = {name: params["layers"]["attention"][name]["bias"][:, None] for name in own}
+    places = jnp.broadcast_to(jnp.arange(count), (rows, count))
+    for layer in range(config.model.num_layers):
+        stored = {name: jnp.broadcast_to((own[name] + biases[name])[layer], (rows, count, 4, 4)) for name in own}
+        cache = cache.of_layer(layer).write(stored["key"], stored["value"], places)
+    decoder = {name: params[name] for name in ("embed", "layers", "final_norm")}
+    positions = jnp.broadcast_to(count + jnp.arange(length), (rows, length))
+    expected: Any = Decoder(config.model).apply(
+        {"params": decoder}, example.inputs, positions, cache=cache.of_layer(-1), method=Decoder.hidden
+    )
+    example = example._replace(positions=positions - count)
+    np.testing.assert_allclose(hidden(config, params, example), expected[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_moves_what_is_trained_alone(name: str) -> None:
+    """From fresh adapters, that change nothing but for prompts and prefixes, and int8's rounding."""
+    config = case(name)
+    lengths, mesh = Lengths.of(config, 1.0), make_mesh(config.mesh)
+    state = init_state(config, lengths, mesh)
+    before = {path: np.asarray(leaf) for path, leaf in named_leaves(state.params).items()}
+    if name in ("lora", "ia3", "dora"):
+        plain = dataclasses.replace(config, adapter=PLAIN)
+        decoder = {part: value for part, value in state.params.items() if part != "adapters"}
+        example = example_of(config)
+        found, expected = hidden(config, state.params, example), hidden(plain, decoder, example)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=0 if name == "lora" else 2e-6)
+    step, batch = make_train_step(config, lengths, mesh), random_batch(config)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[2] < losses[0]
+    trained = 0
+    for path, leaf in named_leaves(state.params).items():
+        if path.startswith("adapters/") or (name == "bitfit" and path.endswith("/bias")):
+            assert not np.array_equal(np.asarray(leaf), before[path]), path
+            trained += leaf.size
+        else:
+            assert np.asarray(leaf).tobytes() == before[path].tobytes(), path
+    assert trained_count(config, state.params) == (trained, sum(leaf.size for leaf in before.values()))
+    held = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert sum(leaf.size for leaf in held) == 2 * trained  # Adam's two moments
+
+
+def test_gradients_of_what_is_frozen_are_not_computed() -> None:
+    """By the compiler's own count: a third of a plain step's products are such gradients."""
+    found = {}
+    for method in ("none", "lora"):
+        config = small({"adapter.method": method, "adapter.rank": 1, "model.num_layers": 1, "model.vocab_size": 200})
+        lengths, mesh = Lengths.of(config, 1.0), make_mesh(config.mesh)
+        step: Any = make_train_step(config, lengths, mesh)
+        state = init_state(config, lengths, mesh)
+        compiled = step.compiled.lower(state, random_batch(config)).compile()
+        found[method] = compiled.cost_analysis()["flops"]
+    assert found["lora"] < 0.75 * found["none"]
+
+
+def test_weights_of_shared_factors_count_for_each_product() -> None:
+    config = case("lora")  # 16 wide, 64 in the MLP, 2 layers
+    attention = 3 * (16 * 3 + 3 * 16) + (16 * 3 + 3 * 16)
+    assert adapter_weights(config) == 2 * (attention + 2 * (16 * 3 + 3 * 64))
+    assert adapter_weights(case("ia3")) == 0
+    assert adapter_weights(small()) is None
