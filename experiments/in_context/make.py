@@ -2,8 +2,8 @@
 
     python experiments/in_context/make.py --out=runs/in_context/data
 
-The 24 letters a to x are of four kinds, fixed for good: aeimqu, bfjnrv, cgkosw, dhlptx. An episode draws which of the labels
-0, 1, 2, 3 each kind has, one each (24 ways), and is a line of pairs of a letter and its label: "c3 a0 g3 ...". Whoever has seen a
+The letters a to h are of four kinds, fixed for good: ae, bf, cg, dh. An episode draws which of the labels
+0, 1, 2, 3 each kind has, one each (24 ways), and is a line of pairs of a letter and its label: "c3a0g3...". Whoever has seen a
 kind's label once knows it; before, nothing tells it. Which letters are of one kind stands nowhere: it is learnt in training.
 
 Writes train.jsonl (an episode a line) and test_K.jsonl for K = 0, 1, 2, 4, 8: {"prompt", "completion"}, the query's kind being among
@@ -41,8 +41,11 @@ def shuffled_kinds(rng: random.Random, count: int) -> list[int]:
 
 
 def episode(rng: random.Random) -> str:
-    """Some kinds come more often than others: a model that has learnt to repeat an episode's frequent labels is on its way."""
-    shares = [rng.expovariate(1.0) ** 2 for _ in range(KINDS)]
+    """In every other episode some kinds come more often than others: a model that has learnt to repeat the labels that are
+    frequent is on its way, and where all kinds come alike there is nothing to be learnt before all of it is.
+    """
+    power = rng.choice((0, 2))
+    shares = [rng.expovariate(1.0) ** power for _ in range(KINDS)]
     return "".join(pairs(rng, labels(rng), rng.choices(range(KINDS), shares, k=PAIRS)))
 
 
