@@ -221,8 +221,8 @@ def export_model(
         )
     if config.adapter.method in LEADING:
         raise UserError(
-            f"{workdir} was trained with adapter.method={config.adapter.method}, whose places ahead of a text are in no parameter "
-            "of a Hugging Face model; --to=peft writes them."
+            f"{workdir} was trained with adapter.method={config.adapter.method}, whose places ahead of a text are in no "
+            "parameter of a Hugging Face model; --to=peft writes them."
         )
     huggingface.architecture_for(parameterization.standard(config.model))  # refuses before anything is restored
     tokenizer = load_tokenizer(workdir / "tokenizer") if (workdir / "tokenizer").is_dir() else None
@@ -252,9 +252,7 @@ def export_adapter(workdir: pathlib.Path, output: pathlib.Path, log: Log, *, ste
     """
     config = config_lib.from_json(workdir / "config.json")
     if config.adapter.method == "none":
-        raise UserError(
-            f"{workdir} was trained with adapter.method=none; --to=huggingface writes its model."
-        )
+        raise UserError(f"{workdir} was trained with adapter.method=none; --to=huggingface writes its model.")
     kind = huggingface.architecture_for(config.model)
     trained = load_params(workdir, log, step, config, merges=False)
     with new_folder(output, 2**20) as folder:
