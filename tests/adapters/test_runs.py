@@ -33,11 +33,6 @@ from tests.small import GPT2, SIZES, random_params, small, tree_close, tree_equa
 ROWS = ByteTokenizer().vocab_size
 LORA: dict[str, Any] = {"adapter.method": "lora", "adapter.rank": 2, "adapter.targets": ("attention/",)}
 LORA |= {"adapter.shared_input": True}
-    "adapter.method": "lora",
-    "adapter.rank": 2,
-    "adapter.targets": ("attention/",),
-    "adapter.shared_input": True,
-}
 
 
 def silent(line: str) -> None: ...
