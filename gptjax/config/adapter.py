@@ -25,7 +25,7 @@ LEADING = ("prompt", "prefix")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A few parameters that are trained in place of the decoder's, which are frozen."""
+    """Parameters beside a frozen decoder."""
 
     method: str = knob(
         "none",
