@@ -156,7 +156,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # Outside packages that a part may not touch: data is numpy only, and nothing needs TensorFlow or unpickles what a stranger wrote.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     "gptjax": ("configs", "experiments", "tests", "tensorflow", "pickle"),
-    **{f"gptjax.{name}": ("torch", "transformers") for name in ("cli", "generate", "harness", "model", "parallel", "plan", "train")},
+    **{
+        f"gptjax.{name}": ("torch", "transformers")
+        for name in ("cli", "generate", "harness", "model", "parallel", "plan", "train")
+    },
     "gptjax.config": ("jax", "flax", "optax", "orbax", "grain", "torch", "transformers"),
     "gptjax.data": ("jax", "flax", "optax", "orbax", "torch", "transformers"),
 }
