@@ -26,6 +26,15 @@ class Encoded:
     read: np.ndarray  # int32 [n], 1 where an output of the model counts
     columns: Mapping[str, np.ndarray]  # [n, ...], what is wanted there
     cut: bool = False  # whether something was left out for want of room
+    parts: tuple[int, ...] = ()  # tokens of each of its parts, where it has several, which don't see each other
+
+
+class Request(NamedTuple):
+    """What a model is asked to go on from, in the course of an evaluation."""
+
+    ids: np.ndarray  # int32 [n]
+    shown: str
+    references: tuple[str, ...]  # texts that are right
 
 
 class Sums(NamedTuple):
@@ -64,6 +73,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, add_bos: bool, add_eos: bool, room: int):
         self.tokenizer, self.room = tokenizer, room
+        self.templates: dict[str, Any] = {}  # by the knob that names them: read once
         self.begin = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
         self.end = [tokenizer.eos_id] if add_eos and tokenizer.eos_id is not None else []
 
@@ -76,6 +86,9 @@ class Task(abc.ABC):
     """A kind of task; it holds nothing: `knobs` say which one it is. Arrays of the model are [B, T, ...] of a batch's rows, numpy
     arrays [n, ...] of one example.
     """
+
+    # Whether its column "reference" has, at each token with `read` 1, the first of `outputs` by the run's initial parameters.
+    compares = False
 
     @abc.abstractmethod
     def needs(self, knobs: TaskConfig) -> frozenset[str]:
@@ -113,6 +126,10 @@ class Task(abc.ABC):
     def judged(self, knobs: TaskConfig, record: Values, outputs: Sequence[np.ndarray]) -> Judged:
         """What the model says of a record: `outputs` has [places with `read` 1, K] of each of its examples."""
 
+    def request(self, knobs: TaskConfig, record: Values, encoder: Encoder) -> Request | None:
+        """What a model is asked that is to answer a record in writing, in at most `encoder.room` tokens; None: it is not."""
+        return None
+
     @abc.abstractmethod
     def measures(self, knobs: TaskConfig, judged: Sequence[Judged]) -> dict[str, float]:
         """{name: value} over all records that somebody has judged before."""
@@ -131,7 +148,7 @@ class Language(abc.ABC):
 
     @abc.abstractmethod
     def nll(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        """float32 [B, T]: nats of each target."""
+        """float32 [B, T]: nats of each target; to be differentiated too."""
 
 
 _FIELD = re.compile(r"\{([^{}]+)\}")

@@ -37,3 +37,8 @@ def next_tokens(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 def _shifted(x_BT: jax.Array) -> jax.Array:
     return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
+
+
+def one_later(x_BT: jax.Array) -> jax.Array:
+    """What was said of the next token, at that token's own place."""
+    return jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0)))
