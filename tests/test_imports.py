@@ -150,8 +150,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.interop",
     ),
     "gptjax.plan": ("gptjax.config", "gptjax.model", "gptjax.parallel", "gptjax.train", "gptjax.plan"),
+    "gptjax.measures": ("gptjax.config", "gptjax.measures"),
+    "gptjax.analysis": ("gptjax.config", "gptjax.measures", "gptjax.analysis"),
     "gptjax.sweeps": (
         "gptjax.config",
+        "gptjax.measures.bootstrap",
         "gptjax.recipes",
         "gptjax.sweeps",
         "gptjax.train.metrics",
@@ -167,7 +170,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "gptjax": ("configs", "experiments", "tests", "tensorflow", "pickle"),
     **{f"gptjax.{name}": ("torch", "transformers") for name in ("cli", "generate", "model", "parallel", "plan", "train")},
     "gptjax.config": ("jax", "flax", "optax", "orbax", "grain", "torch", "transformers"),
-    "gptjax.data": ("jax", "flax", "optax", "orbax", "torch", "transformers"),
+    **{f"gptjax.{name}": ("jax", "flax", "optax", "orbax", "torch", "transformers") for name in ("analysis", "data", "measures")},
 }
 
 

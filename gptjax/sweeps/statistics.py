@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
+from gptjax.measures.bootstrap import draw_counts
+
 MIN_PAIRS = 3  # fewer are not compared
 MIN_BOOTSTRAP_PAIRS = 5  # below, too many resamples are one seed over and over
 RESAMPLES = 4000
@@ -72,9 +74,7 @@ def studentised_bootstrap(differences: np.ndarray, confidence: float = 0.95, see
     All rows are resampled alike. A resample of one value over and over has an infinite t, or 0 where that value is the mean.
     """
     n = differences.shape[1]
-    picks = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    counts = np.zeros((RESAMPLES, n))
-    np.add.at(counts, (np.arange(RESAMPLES)[:, None], picks), 1)
+    counts = np.concatenate(list(draw_counts(n, RESAMPLES, seed)))
     mean = differences.mean(axis=1, keepdims=True)
     centred = differences - mean
     means = centred @ counts.T / n  # [rows, resamples]

@@ -1,0 +1,1 @@
+"""How good predictions are: metrics with intervals, and baselines, on plain lists and numpy arrays. No jax."""
