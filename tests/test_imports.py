@@ -45,10 +45,20 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.tasks": (
         "gptjax.config",
         "gptjax.data",
+        "gptjax.measures",
         "gptjax.model",
         "gptjax.parallel.sharding",
         "gptjax.train.loss",
         "gptjax.tasks",
+    ),
+    "gptjax.tasks.predict": (
+        "gptjax.config",
+        "gptjax.data",
+        "gptjax.parallel",
+        "gptjax.tasks",
+        "gptjax.train.metrics",
+        "gptjax.train.restore",
+        "gptjax.train.task_evaluation",
     ),
     "gptjax.train.task_evaluation": (
         "gptjax.config",

@@ -16,8 +16,8 @@ def token_spans(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> np.ndarray:
     """int64 [n, 2]: (begin, end) in characters of what each of `ids`, the text's tokens, stands for, ascending.
 
     A token that is a part of a character has the whole one; one that stands for nothing in the text (special, unknown) has what
-    its neighbours leave. Exact where the tokens' bytes are the text's, but for a blank in front; where a tokenizer writes the text
-    in another way first (compatibility forms, lower case), its characters are matched as far as they are the same.
+    its neighbours leave. Exact where the tokens' bytes are the text's, but for a blank in front; where a tokenizer writes the
+    text in another way first (compatibility forms, lower case), its characters are matched as far as they are the same.
     """
     own = tokenizer.offsets(text)
     if own is not None:
@@ -98,7 +98,7 @@ def _filled(spans: np.ndarray, length: int) -> np.ndarray:
 
 
 def word_tokens(tokenizer: Tokenizer, words: Sequence[str], join: str) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 tokens of the words with `join` between them, int64 [words, 2]: the first token of each and the one behind its last).
+    """(int32 tokens of the words with `join` between them, int64 [words, 2]: first token of each, and the one behind its last).
 
     Where `join` holds a blank the text is encoded whole; where that leaves a word without a token of its own, or nothing stands
     between words, each is encoded with `join` in front of it. Raises `UserError` for a word of which the tokenizer makes nothing.
@@ -115,6 +115,6 @@ def word_tokens(tokenizer: Tokenizer, words: Sequence[str], join: str) -> tuple[
     parts = [tokenizer.encode(join * bool(number) + word) for number, word in enumerate(words)]
     for word, part in zip(words, parts, strict=True):
         if not len(part):
-            raise UserError(f"has the word {word!r}, of which the tokenizer makes no token")
+            raise UserError(f"the word {word!r} is one of which the tokenizer makes no token")
     ends = np.cumsum([len(part) for part in parts])
     return np.concatenate(parts), np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,7 +52,10 @@ def load_tasks(config: Config, log: Callable[[str], Any] = print, own: Tokenizer
     report: dict[str, Any] = {}
     for name, knobs in tasks_of(config).items():
         parts = _read(config, knobs, log)
-        settled[name] = TASKS[knobs.kind].settled(knobs, [record.values for record in parts["train"]])
+        values = [record.values for record in parts["train"]]
+        settled[name] = TASKS[knobs.kind].settled(knobs, values)
+        for remark in TASKS[knobs.kind].remarks(settled[name], values):
+            log(f"data: {remark}")
         for split in SPLITS:
             _check(settled[name], parts[split])
             records[split][name] = parts[split]
@@ -82,19 +85,10 @@ def _tokenizer(config: Config) -> Tokenizer:
 
 
 def _read(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> dict[str, list[Record]]:
-    task = TASKS[knobs.kind]
+    required = TASKS[knobs.kind].needs(knobs)
 
     def of(path: str, key: str = "task.path") -> list[Record]:
-        return read_records(
-            path,
-            knobs.format,
-            max_bad=knobs.max_bad_rows,
-            columns=knobs.columns,
-            required=sorted(task.needs(knobs)),
-            check=functools.partial(task.check, knobs),
-            key=key,
-            log=lambda line: log(f"data: {line}."),
-        ).records
+        return read(knobs, path, key, required, log)
 
     if knobs.eval_path:
         return {"train": of(knobs.path), "eval": of(knobs.eval_path, "task.eval_path")}
@@ -110,6 +104,22 @@ def _read(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> dict[
             f"{empty[0]} split; give more, or task.eval_path."
         )
     return parts
+
+
+def read(
+    knobs: TaskConfig, path: str, key: str, required: Collection[str], log: Callable[[str], Any], format: str = ""
+) -> list[Record]:
+    """The records of a task's files, in `format` or that of the task. Raises `UserError`."""
+    return read_records(
+        path,
+        format or knobs.format,
+        max_bad=knobs.max_bad_rows,
+        columns=knobs.columns,
+        required=sorted(required),
+        check=functools.partial(TASKS[knobs.kind].check, knobs),
+        key=key,
+        log=lambda line: log(f"data: {line}."),
+    ).records
 
 
 def _is_held_out(record: Record, share: float) -> bool:
@@ -140,7 +150,10 @@ def build_split(
     for task, of_task in records.items():
         knobs = tasks_of(config)[task]
         for number, record in enumerate(of_task):
-            parts = TASKS[knobs.kind].encode(knobs, record.values, encode)
+            try:
+                parts = TASKS[knobs.kind].encode(knobs, record.values, encode)
+            except UserError as error:
+                raise UserError(f"{record.place}: {str(error).rstrip('.')}.") from None
             if any(part.cut for part in parts):
                 if knobs.too_long == "refuse":
                     raise UserError(f"{record.place} has more than data.seq_len={config.data.seq_len} tokens.")
@@ -150,6 +163,23 @@ def build_split(
                 cut += 1
             found += [(Example(task, number, place), part) for place, part in enumerate(parts)]
             names += [f"{record.file}:{record.line}"] * len(parts)
+    built = split_of(config, split, found, names, tokenizer)
+    counts = {
+        "documents": sum(len(of_task) for of_task in records.values()),
+        "examples": len(found),
+        "tokens": built.num_tokens,
+        "bytes": built.text_bytes,
+        "rows": len(built.rows or ()),
+        "cut": cut,
+        "dropped": dropped,
+    }
+    return built, [example for example, _ in found], counts
+
+
+def split_of(
+    config: Config, split: str, found: Sequence[tuple[Example, Encoded]], names: Sequence[str], tokenizer: Tokenizer
+) -> Split:
+    """The rows of examples, by data.packing and data.seq_len. Raises `UserError` where there is none."""
     lengths = np.asarray([len(part.tokens) for _, part in found], np.int64)
     if not len(lengths):
         raise UserError(f"the {split} split has no example of at most data.seq_len={config.data.seq_len} tokens.")
@@ -159,17 +189,7 @@ def build_split(
     # A batch is seq_len + 1 long, of which the model reads seq_len: the last place stays empty.
     rows = dataclasses.replace(rows, capacity=config.data.seq_len + 1)
     text_bytes = int(tokenizer.token_bytes()[tokens].sum())
-    columns = _columns(config, found, lengths)
-    counts = {
-        "documents": sum(len(of_task) for of_task in records.values()),
-        "examples": len(found),
-        "tokens": len(tokens),
-        "bytes": text_bytes,
-        "rows": len(rows),
-        "cut": cut,
-        "dropped": dropped,
-    }
-    return Split(split, tokens, offsets, names, text_bytes, rows, columns=columns), [example for example, _ in found], counts
+    return Split(split, tokens, offsets, list(names), text_bytes, rows, columns=_columns(config, found, lengths))
 
 
 def _columns(config: Config, found: Sequence[tuple[Example, Encoded]], lengths: np.ndarray) -> dict[str, np.ndarray]:
