@@ -11,6 +11,7 @@ from gptjax.config.knobs import UserError, knob
 if TYPE_CHECKING:
     from gptjax.config.schema import Config
 
+HEADED = ("classification", "multilabel", "regression", "tagging", "answers")  # kinds whose answer is read off a head
 SINGLE = "task"  # the name of a run's only task
 
 
@@ -108,6 +109,14 @@ def tasks_of(config: Config) -> dict[str, TaskConfig]:
 def with_tasks(config: Config, tasks: dict[str, TaskConfig]) -> Config:
     """The config with what the training records have settled, such as labels."""
     return dataclasses.replace(config, task=tasks[SINGLE]) if tasks else config
+
+
+def tasks_refusal(config: Config) -> str:
+    """Why a run's model does not write texts, to go on from its folder; "" where it does."""
+    kinds = [knobs.kind for knobs in tasks_of(config).values()]
+    if not kinds or any(kind not in HEADED for kind in kinds):
+        return ""
+    return f"was trained for task.kind={kinds[0]}, and its head says that instead of writing: ask it by `gptjax predict`."
 
 
 def check(config: Config) -> None:

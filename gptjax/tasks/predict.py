@@ -8,10 +8,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from gptjax.config import Config, TaskConfig, UserError, tasks_of
+from gptjax.config import HEADED, Config, TaskConfig, UserError, tasks_of
 from gptjax.data.records import Record
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.parallel.mesh import make_mesh
@@ -102,7 +101,7 @@ class Predictor:
         return [found[number] for number in range(len(read))]
 
     def _row_length(self, parts: Sequence[Encoded]) -> int:
-        """By the record alone: half as long again and again, while its examples have room."""
+        """By the record alone: data.seq_len halved as often as its examples leave room for, so that short texts cost little."""
         longest, length = max(len(part.tokens) for part in parts), self.config.data.seq_len
         while length % 2 == 0 and length // 2 >= max(longest, _SHORTEST):
             length //= 2
@@ -124,17 +123,12 @@ def predictor_of(model: TrainedModel, task: str = "", batch_size: int = 32) -> P
     tasks = tasks_of(model.config)
     named = [name for name in tasks if task in ("", name)]
     if len(named) != 1:
-        raise UserError(
-            f"the run has {'several tasks' if len(named) > 1 else f'no task {task!r}' if task else 'no task'} to predict"
-            f"{f'; name one of {", ".join(tasks)}' if tasks else ''}."
-        )
-    if tasks[named[0]].kind not in _SAYS:
+        which = "several tasks" if len(named) > 1 else f"no task {task!r}" if task else "no task to predict"
+        hint = f"; name one of {', '.join(tasks)}" if tasks else ""
+        raise UserError(f"the run has {which}{hint}.")
+    if tasks[named[0]].kind not in HEADED:
         raise UserError(f"task.kind={tasks[named[0]].kind} writes its answers: gptjax.generate does that.")
-    params = jax.tree.map(jax.numpy.asarray, model.params)
-    return Predictor(model.config, params, model.tokenizer, named[0], batch_size)
-
-
-_SAYS = ("classification", "multilabel", "regression", "tagging", "answers")
+    return Predictor(model.config, model.params, model.tokenizer, named[0], batch_size)
 
 
 def load_predictor(

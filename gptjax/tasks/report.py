@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptjax.config import Config, tasks_of
 from gptjax.measures.bootstrap import Bootstrap
@@ -44,6 +44,7 @@ def reports(
             baselines[baseline] = task.measured(knobs, said, bootstrap)
             theirs = {one.name: one for one in baselines[baseline]}
             both = [(one, theirs[one.name]) for one in measured if one.name in theirs]
-            ahead[baseline] = [difference(ours, other, bootstrap) for ours, other in both if ours.statistic and other.statistic]
+            differences = [difference(ours, other, bootstrap) for ours, other in both if ours.statistic and other.statistic]
+            ahead[baseline] = [replace(one, name=f"model ahead: {one.name.split(' - ')[0]}") for one in differences]
         found[name] = Report(measured, baselines, ahead, task.report(knobs, known))
     return found
