@@ -115,7 +115,7 @@ def _check_leading(config: Config, method: str) -> None:
     if data.packing == "packed":
         raise UserError(
             f"{method} puts its places ahead of a row, but data.packing=packed puts several documents into one, which would not "
-            "see them; set data.packing=windows."
+            "see them; set data.packing=padded or windows."
         )
     if data.seq_len + adapter.prompt_length > model.max_seq_len:
         raise UserError(

@@ -235,7 +235,9 @@ def split_of(
     first: int = 0,
     source: str = "",
 ) -> Split:
-    """The rows of examples, by data.packing and data.seq_len; their numbers begin behind `first`. Raises `UserError` where there is none."""
+    """The rows of examples, by data.packing and data.seq_len; their numbers begin behind `first`. Raises `UserError` where there
+    is none.
+    """
     lengths = np.asarray([len(part.tokens) for _, part in found], np.int64)
     if not len(lengths):
         of = f" of {source}" if source else ""

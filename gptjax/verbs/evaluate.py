@@ -19,8 +19,8 @@ def add(verbs: Any) -> None:
         verbs,
         "evaluate",
         run,
-        "Loss, perplexity and bits per byte over the whole evaluation split, or a task's measures beside a baseline's; or scores of "
-        "tasks, suites or few-shot prompts.",
+        "Loss, perplexity and bits per byte over the whole evaluation split, or a task's measures beside a baseline's; "
+        "or scores of tasks, suites or few-shot prompts.",
         """examples:
   gptjax evaluate --workdir=runs/shakespeare --config.evaluate.batch_size=64 --json
   gptjax evaluate --workdir=runs/ul2 --objective=causal
