@@ -15,11 +15,25 @@ import gptjax
 from gptjax import runtime
 from gptjax.config import UserError
 from gptjax.parallel import hosts
-from gptjax.verbs import analyze, attack, compare, config, convert, coordinates, evaluate, generate, plan, status, sweep, train
+from gptjax.verbs import (
+    analyze,
+    attack,
+    compare,
+    config,
+    convert,
+    coordinates,
+    evaluate,
+    generate,
+    plan,
+    predict,
+    status,
+    sweep,
+    train,
+)
 from gptjax.verbs.arguments import Parser
 from gptjax.verbs.output import fault
 
-VERBS = (train, evaluate, generate, convert, config, plan, coordinates, sweep, status, compare, analyze, attack)
+VERBS = (train, evaluate, predict, generate, convert, config, plan, coordinates, sweep, status, compare, analyze, attack)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

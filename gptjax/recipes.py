@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from gptjax.config import TYPE_NAMES, Config, UserError, from_dict, from_json, to_dict, underived, unknown_key
+from gptjax.config import Config, UserError, from_dict, from_json, parsed, to_dict, underived, unknown_key
 
 
 def load_recipe(spec: str, overrides: Sequence[str] = ()) -> Config:
@@ -115,7 +115,7 @@ def apply_override(values: ml_collections.ConfigDict, override: str) -> None:
     if not equals:
         raise UserError(f"the override {override!r} has no value; write --config.{key}=VALUE.")
     expected = _declared_type(key)
-    _lay(values, key, _parse(key, text, expected))
+    _lay(values, key, parsed(key, text, expected))
 
 
 def apply_value(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
@@ -144,25 +144,3 @@ def _declared_type(key: str) -> Any:
     if dataclasses.is_dataclass(cls):
         raise UserError(f"{key} is a group of keys; set one of {', '.join(f'{key}.{f.name}' for f in dataclasses.fields(cls))}.")
     return cls
-
-
-def _parse(key: str, text: str, expected: Any) -> Any:
-    """Whole numbers may be written 1_000_000 or 1e6; a list of texts is separated by commas."""
-    try:
-        if expected is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if expected is int:
-            try:
-                return int(text)
-            except ValueError:
-                number = float(text)
-                if not number.is_integer():
-                    raise
-                return int(number)
-        if expected is float:
-            return float(text)
-        if expected is str:
-            return text
-        return tuple(item for item in text.split(",") if item)
-    except (KeyError, ValueError, OverflowError):
-        raise UserError(f"{key}={text!r} must be {TYPE_NAMES[expected]}.") from None

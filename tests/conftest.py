@@ -5,11 +5,12 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import sys
 
 # Most of a test's time is the compiler's, for programs that run a few times on few numbers. Without any optimisation (level 0)
-# it is less still, but then products and sums are rounded one by one; tests that don't mind ask for it. Processes that tests
-# start inherit this. The older emitters, which compile in half the time, went with jax 0.11.
-# Splitting a program so that threads compile its parts side by side is work in vain where another test has the other core.
+# it is a third, but then products and sums are rounded one by one; tests that don't mind ask for `unoptimised`. Processes that
+# tests start inherit this. The older emitters, which compile in half the time, went with jax 0.11. Splitting a program so that
+# threads compile its parts side by side is work in vain where another test has the other core.
 _QUICK = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jax").startswith("0.10."):
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
@@ -27,10 +28,6 @@ for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
-# What traces leave behind lives long: looking through it as often as Python would by itself takes a tenth of the time.
-gc.freeze()
-gc.set_threshold(100_000, 20, 20)
-
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 # A first call compiles, so its time says nothing about the code under test.
@@ -45,6 +42,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("parity"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_functions():
+    """Nothing compiled outlives a file of tests: a process would grow to gigabytes, and files may differ in how they compile."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+
+
+@pytest.fixture(scope="module")
+def unoptimised(compiled_functions: None):
+    """This file's programs are compiled at level 0, also in processes that it starts."""
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -47,10 +47,21 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.tasks": (
         "gptjax.config",
         "gptjax.data",
+        "gptjax.generate.chat",
+        "gptjax.measures",
         "gptjax.model",
         "gptjax.parallel.sharding",
         "gptjax.train.loss",
         "gptjax.tasks",
+    ),
+    "gptjax.tasks.predict": (
+        "gptjax.config",
+        "gptjax.data",
+        "gptjax.parallel",
+        "gptjax.tasks",
+        "gptjax.train.metrics",
+        "gptjax.train.restore",
+        "gptjax.train.task_evaluation",
     ),
     "gptjax.train.task_evaluation": (
         "gptjax.config",
@@ -58,6 +69,21 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.parallel",
         "gptjax.tasks",
         "gptjax.train.step",
+        "gptjax.train.task_writing",
+    ),
+    "gptjax.train.task_writing": (
+        "gptjax.config",
+        "gptjax.data",
+        "gptjax.generate",
+        "gptjax.tasks",
+        "gptjax.train.step",
+    ),
+    "gptjax.train.reference": (
+        "gptjax.config",
+        "gptjax.data",
+        "gptjax.parallel",
+        "gptjax.tasks",
+        "gptjax.train.task_evaluation",
     ),
     "gptjax.train.step": (
         "gptjax.adapters",

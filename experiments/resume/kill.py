@@ -104,22 +104,28 @@ def last_step(workdir: pathlib.Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def campaign(folder: pathlib.Path, kills: int, which: signal.Signals, steps: int, seed: int, log: Any = print) -> Outcome:
-    """Kills runs in `folder` until `kills` have struck, and lets the last one end.
+def undisturbed(folder: pathlib.Path, steps: int) -> tuple[str, float]:
+    """(hash of the last state, seconds of the steps) of a run in `folder` that nothing happens to."""
+    environment = _environment(folder)
+    _whole_run(folder / "undisturbed", steps, environment)
+    seconds = _whole_run(folder / "timed", steps, environment)  # the first one compiled on the way
+    reference = _hash(folder / "undisturbed")
+    if _hash(folder / "timed") != reference:
+        raise RuntimeError("two undisturbed runs differ: this machine does not compute the same bits twice.")
+    return reference, seconds
+
+
+def campaign(
+    folder: pathlib.Path, kills: int, which: signal.Signals, steps: int, seed: int, known: tuple[str, float], log: Any = print
+) -> Outcome:
+    """Kills runs in `folder` until `kills` have struck, and lets the last one end; `known` is what `undisturbed` gave there.
 
     Raises RuntimeError where a start fails by itself.
     """
-    # Recompiling after every kill would be most of the time; a cached executable is the same program.
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    _whole_run(folder / "undisturbed", steps, environment)
-    outcome = Outcome(_hash(folder / "undisturbed"))
-    seconds = _whole_run(folder / "timed", steps, environment)  # the first one compiled on the way
-    if _hash(folder / "timed") != outcome.reference:
-        raise RuntimeError("two undisturbed runs differ: this machine does not compute the same bits twice.")
-    log(f"undisturbed: {outcome.reference}, {seconds:.1f} s of steps.")
+    environment = _environment(folder)
+    reference, seconds = known
+    outcome = Outcome(reference)
+    log(f"undisturbed: {reference}, {seconds:.1f} s of steps.")
     moments = random.Random(seed)
     runs = 0
     killed_at: int | None = None  # what that cost is known when the next start says where it goes on
@@ -151,6 +157,14 @@ def campaign(folder: pathlib.Path, kills: int, which: signal.Signals, steps: int
         outcome.kill_steps.append(killed_at)
         log(f"kill {len(outcome.kill_steps)}: run {runs}, step {outcome.kill_steps[-1]}, status {status}.")
     return outcome
+
+
+def _environment(folder: pathlib.Path) -> dict[str, str]:
+    # Recompiling after every kill would be most of the time; a cached executable is the same program.
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 def _whole_run(workdir: pathlib.Path, steps: int, environment: dict[str, str]) -> float:
@@ -189,7 +203,8 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         which = signal.Signals[f"SIG{arguments.signal}"]
-        outcome = campaign(pathlib.Path(folder), arguments.kills, which, arguments.steps, arguments.seed, log)
+        known = undisturbed(pathlib.Path(folder), arguments.steps)
+        outcome = campaign(pathlib.Path(folder), arguments.kills, which, arguments.steps, arguments.seed, known, log)
     lost = outcome.steps_lost
     figures = {
         "signal": arguments.signal,

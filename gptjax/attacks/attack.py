@@ -88,7 +88,6 @@ def run_attack(
         for text, label, row in zip(texts, truth, start, strict=True)
     ]
     skipped = [problem.start.predicted != problem.goal.label or problem.start.reached for problem in problems]
-    skipped = [skip or problem.goal.target == problem.goal.label for skip, problem in zip(skipped, problems, strict=True)]
     open_problems = [problem for problem, skip in zip(problems, skipped, strict=True) if not skip]
     ends = iter(_search_all(open_problems, model, side_by_side, log))
     return [

@@ -12,7 +12,6 @@ from gptjax.config.adapter import AdapterConfig
 from gptjax.config.backends import ATTENTION_CAPABILITIES, DISTANCE_POSITIONS, PRODUCT_SCORES, attention_refusal
 from gptjax.config.data import DataConfig
 from gptjax.config.door import (
-    TYPE_NAMES,
     defaults,
     differences,
     flatten,
@@ -24,7 +23,7 @@ from gptjax.config.door import (
     unknown_key,
     walk,
 )
-from gptjax.config.knobs import UserError, duration, knob
+from gptjax.config.knobs import TYPE_NAMES, UserError, duration, knob, parsed
 from gptjax.config.mixture import mixture_sources, mixture_weights
 from gptjax.config.model import ModelConfig
 from gptjax.config.objective import ObjectiveConfig
@@ -33,7 +32,7 @@ from gptjax.config.patterns import check_stages, layer_configs
 from gptjax.config.run import CheckpointConfig, EvaluateConfig, MeshConfig, MetricsConfig, TrainConfig
 from gptjax.config.schema import Config
 from gptjax.config.stages import Stage, Stages
-from gptjax.config.task import TaskConfig, tasks_of, with_tasks
+from gptjax.config.task import HEADED, TaskConfig, task_weights, tasks_of, tasks_refusal, with_tasks
 
 __all__ = [
     "TYPE_NAMES",
@@ -52,6 +51,7 @@ __all__ = [
     "UserError",
     "duration",
     "knob",
+    "parsed",
     "ATTENTION_CAPABILITIES",
     "DISTANCE_POSITIONS",
     "PRODUCT_SCORES",
@@ -71,7 +71,10 @@ __all__ = [
     "Config",
     "Stage",
     "Stages",
+    "HEADED",
     "TaskConfig",
+    "task_weights",
     "tasks_of",
+    "tasks_refusal",
     "with_tasks",
 ]

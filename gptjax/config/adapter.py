@@ -25,7 +25,7 @@ LEADING = ("prompt", "prefix")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A few parameters that are trained in place of the decoder's, which are frozen."""
+    """Parameters beside a frozen decoder."""
 
     method: str = knob(
         "none",
@@ -115,7 +115,7 @@ def _check_leading(config: Config, method: str) -> None:
     if data.packing == "packed":
         raise UserError(
             f"{method} puts its places ahead of a row, but data.packing=packed puts several documents into one, which would not "
-            "see them; set data.packing=windows."
+            "see them; set data.packing=padded or windows."
         )
     if data.seq_len + adapter.prompt_length > model.max_seq_len:
         raise UserError(

@@ -6,9 +6,7 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import pathlib
-import reprlib
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from gptjax.config import adapter, data, model, objective, optimizer, parameterization, run, task
-from gptjax.config.knobs import UserError
+from gptjax.config.knobs import UserError, typed
 from gptjax.config.schema import Config
 
 
@@ -90,53 +88,11 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
         if dataclasses.is_dataclass(types[name]):
             arguments[name] = _build(types[name], value, f"{prefix}{name}.")
         else:
-            arguments[name] = _typed(f"{prefix}{name}", value, types[name], field)
+            arguments[name] = typed(f"{prefix}{name}", value, types[name], field)
     return cls(**arguments)
 
 
 _types = functools.cache(typing.get_type_hints)  # evaluates each annotation anew, which is most of the time of a check
-
-
-TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", tuple[str, ...]: "a list of texts"}
-
-
-def _typed(key: str, value: Any, expected: Any, field: dataclasses.Field) -> Any:
-    """`value` as exactly the declared type and within its bounds."""
-    mismatch = UserError(f"{key}={reprlib.repr(value)} must be {TYPE_NAMES[expected]}.")
-    if expected == tuple[str, ...]:
-        if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
-            raise mismatch
-        for item in value:
-            _check_choice(key, item, field.metadata["choices"])
-        return tuple(value)
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except OverflowError:
-            raise mismatch from None
-    if type(value) is not expected:
-        raise mismatch
-    if expected is float and not math.isfinite(value):
-        raise UserError(f"{key}={value!r} must be a finite number.")
-    _check_choice(key, value, field.metadata["choices"])
-    tests = {
-        "at_least": (lambda x, y: x >= y, "at least"),
-        "above": (lambda x, y: x > y, "above"),
-        "at_most": (lambda x, y: x <= y, "at most"),
-        "below": (lambda x, y: x < y, "below"),
-    }
-    for name, bound in field.metadata["bounds"].items():
-        holds, words = tests[name]
-        if not holds(value, bound):
-            raise UserError(f"{key}={value!r} must be {words} {bound}.")
-    return value
-
-
-def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    if choices and value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise UserError(f"{key}={value!r} must be one of {', '.join(choices)}{hint}")
 
 
 def unknown_key(key: str) -> UserError:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptjax.config.knobs import UserError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 Knots = tuple[tuple[float, float], ...]  # (place in the run from 0 to 1, weight), places ascending, at most two the same
 
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 # What a source may have of its own. The first three are empty unless it has; the others are then those of all.
 _OWN = ("path", "eval_path", "name")
 _SETTINGS = (*_OWN, "train_split", "eval_split", "text_field", "split_by", "eval_fraction")
@@ -27,7 +28,7 @@ def mixture_sources(data: DataConfig) -> dict[str, DataConfig]:
     for item in data.mixture:
         name, equals, what = item.partition("=")
         kind, _, place = what.partition(":")
-        if not equals or not _NAME.fullmatch(name):
+        if not equals or not NAME.fullmatch(name):
             raise UserError(f"data.mixture: {item!r} must be NAME=SOURCE or NAME=SOURCE:PATH, NAME of letters, digits, - and _.")
         if name in found:
             raise UserError(f"data.mixture names {name} twice.")
@@ -54,9 +55,9 @@ def _lay_settings(data: DataConfig, found: dict[str, DataConfig]) -> None:
         name, dot, setting = key.partition(".")
         if not (equals and dot):
             raise UserError(f"data.mixture_settings: {item!r} must be NAME.SETTING=VALUE, as in chat.text_field=body.")
-        _check_name("data.mixture_settings", name, found)
+        check_name("data.mixture_settings", name, tuple(found))
         if setting not in _SETTINGS:
-            hint = _nearest(setting, _SETTINGS) or f"; a source has of its own {', '.join(_SETTINGS)}."
+            hint = nearest(setting, _SETTINGS) or f"; a source has of its own {', '.join(_SETTINGS)}."
             raise UserError(f"data.mixture_settings: {key} is no setting of a source{hint}")
         if key in given or (setting in _OWN and getattr(found[name], setting)):
             raise UserError(f"data.mixture_settings: {key} is given twice.")
@@ -76,15 +77,21 @@ def _with(alone: DataConfig, setting: str, value: Any) -> DataConfig:
 
 def mixture_weights(data: DataConfig) -> dict[str, Knots]:
     """{source's name: its weights by place in the run}; {} where none are given. Raises `UserError`."""
-    names = mixture_sources(data)
+    return weights_over_run("data.mixture_weights", data.mixture_weights, tuple(mixture_sources(data)))
+
+
+def weights_over_run(key: str, items: Sequence[str], names: tuple[str, ...]) -> dict[str, Knots]:
+    """{name: its weights by place in the run} of NAME=WEIGHT and NAME=WEIGHT@PLACE, what the knob `key` holds; {} where it holds
+    none. Raises `UserError`.
+    """
     places: dict[str, list[tuple[float, float]]] = {}
     bare: dict[str, str] = {}
-    for item in data.mixture_weights:
+    for item in items:
         name, equals, text = item.partition("=")
-        where = f"data.mixture_weights: {item!r}"
+        where = f"{key}: {item!r}"
         if not equals:
             raise UserError(f"{where} must be NAME=WEIGHT or NAME=WEIGHT@PLACE, PLACE from 0, the run's start, to 1, its end.")
-        _check_name("data.mixture_weights", name, names)
+        check_name(key, name, names)
         weight, at, where_in_run = text.partition("@")
         if name in bare or (not at and name in places):
             raise UserError(f"{where} gives {name} a second weight; weights that change all need a place: {name}=WEIGHT@PLACE.")
@@ -102,12 +109,12 @@ def mixture_weights(data: DataConfig) -> dict[str, Knots]:
         return {}
     missing = [name for name in names if name not in places]
     if missing:
-        raise UserError(f"data.mixture_weights has no weight for {' and '.join(missing)}; 0 leaves a source to evaluation.")
+        raise UserError(f"{key} has no weight for {' and '.join(missing)}; 0 leaves a source to evaluation.")
     weights = {name: tuple(sorted(places[name], key=lambda knot: knot[0])) for name in names}
     for place in sorted({place for knots in weights.values() for place, _ in knots}):
         for after in (False, True):
             if not sum(weight_at(knots, place, after) for knots in weights.values()):
-                raise UserError(f"data.mixture_weights: at {place:g} of the run all weights are 0.")
+                raise UserError(f"{key}: at {place:g} of the run all weights are 0.")
     return weights
 
 
@@ -129,16 +136,18 @@ def check_mixture(data: DataConfig) -> None:
     mixture_weights(data)
 
 
-def _check_name(key: str, name: str, names: dict[str, DataConfig]) -> None:
+def check_name(key: str, name: str, names: Sequence[str], what: str = "source") -> None:
+    """Raises `UserError` for a name that the mixture of `key` has not."""
     if name not in names:
-        hint = _nearest(name, tuple(names)) or f"; data.mixture has {', '.join(names)}."
-        raise UserError(f"{key}: {name!r} is no source{hint}")
+        group = key.rpartition(".")[0]
+        hint = nearest(name, tuple(names)) or f"; {group}.mixture has {', '.join(names)}."
+        raise UserError(f"{key}: {name!r} is no {what}{hint}")
 
 
 def _check_choice(what: str, knob: str, data: DataConfig, value: str) -> None:
     choices = next(field.metadata["choices"] for field in dataclasses.fields(data) if field.name == knob)
     if choices and value not in choices:
-        raise UserError(f"{what} is {value!r}, but it must be one of {', '.join(choices)}{_nearest(value, choices) or '.'}")
+        raise UserError(f"{what} is {value!r}, but it must be one of {', '.join(choices)}{nearest(value, choices) or '.'}")
 
 
 def _number(where: str, text: str) -> float:
@@ -151,6 +160,6 @@ def _number(where: str, text: str) -> float:
     return value
 
 
-def _nearest(name: str, names: tuple[str, ...]) -> str:
+def nearest(name: str, names: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {near[0]}?" if near else ""

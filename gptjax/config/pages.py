@@ -8,8 +8,7 @@ import textwrap
 import typing
 from typing import Any
 
-from gptjax.config.door import TYPE_NAMES
-from gptjax.config.knobs import UserError
+from gptjax.config.knobs import TYPE_NAMES, UserError
 from gptjax.config.schema import Config
 
 _BOUNDS = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}

@@ -31,6 +31,19 @@ class Rows:
         """Share of the rows' places that hold a token."""
         return float(self.piece_lengths.sum() / max(1, len(self) * self.capacity))
 
+    def cut_into(self, parts: np.ndarray, part_offsets: np.ndarray) -> Rows:
+        """The same rows with each piece, a whole document, cut into its parts, which are segments of their own: those of document
+        d are of `parts[part_offsets[d] : part_offsets[d + 1]]` tokens.
+        """
+        own, piece = _ranges(part_offsets[self.piece_documents], part_offsets[self.piece_documents + 1])
+        lengths = parts[own]
+        ends = np.cumsum(lengths)
+        first = np.searchsorted(piece, np.arange(len(self.piece_starts)))
+        in_piece = ends - lengths - (ends - lengths)[first][piece]
+        counts = np.concatenate([[0], np.cumsum(np.bincount(piece, minlength=len(self.piece_starts)))])
+        starts = self.piece_starts[piece] + in_piece
+        return Rows(self.capacity, counts[self.row_offsets], starts, lengths, self.piece_documents[piece])
+
     def documents(self, rows: np.ndarray) -> np.ndarray:
         """Indices of the documents in the rows, sorted, each once."""
         return np.unique(self.piece_documents[_ranges(self.row_offsets[rows], self.row_offsets[rows + 1])[0]])

@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import Config, DataConfig, UserError, mixture_sources, mixture_weights
+from gptjax.config import Config, DataConfig, UserError, mixture_sources, mixture_weights, task_weights
+from gptjax.config.mixture import Knots
 from gptjax.data import cache
 from gptjax.data.cleaning import Cleaned
 from gptjax.data.corruption import Corruption, corruption_of
@@ -133,7 +134,7 @@ def load_dataset(
     log(f"data: {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,} ids; {where} the cache, {seconds['seconds']:.1f} s.")
     if not config.data.mixture:
         return Dataset(tokenizer, train[""], held_out[""], reports[""] | seconds, text)
-    return Dataset(tokenizer, Mixture(train, _shares(config, train)), held_out, _add_up(reports) | seconds, text)
+    return Dataset(tokenizer, mixture_of(config, train), held_out, _add_up(reports) | seconds, text)
 
 
 @contextlib.contextmanager
@@ -284,20 +285,24 @@ def steps_per_epoch(config: Config, split: Split | Mixture) -> float:
 
 
 def _rows_together(config: Config, splits: dict[str, Split]) -> int:
-    weights = mixture_weights(config.data)
-    trained = [name for name in splits if not weights or any(weight for _, weight in weights[name])]
-    return sum(_rows_per_epoch(config, splits[name]) for name in trained)
+    weights = _weights(config, splits)
+    return sum(_rows_per_epoch(config, split) for name, split in splits.items() if any(weight for _, weight in weights[name]))
 
 
-def _shares(config: Config, splits: dict[str, Split]) -> Shares:
-    """Whose each row of the run is, with places of the run by its length in rows."""
-    weights = mixture_weights(config.data) or {
-        name: ((0.0, float(_rows_per_epoch(config, split))),) for name, split in splits.items()
-    }
+def _weights(config: Config, splits: dict[str, Split]) -> dict[str, Knots]:
+    """Those of the knobs; by their rows, where these don't say."""
+    rows = {name: _rows_per_epoch(config, split) for name, split in splits.items()}
+    given = mixture_weights(config.data) or task_weights(config, rows)
+    return given or {name: ((0.0, float(count)),) for name, count in rows.items()}
+
+
+def mixture_of(config: Config, splits: dict[str, Split]) -> Mixture:
+    """The sources, or tasks, of a run, and whose each row of it is, with places of the run by its length in rows."""
+    weights = _weights(config, splits)
     epoch_steps = _rows_together(config, splits) / config.data.batch_size
     total_rows = config.stages(epoch_steps).rows(config.duration("train", "duration", epoch_steps))
     first = int(_philox(config.train.seed, _MIXTURE, 0).random_raw()) >> 1
-    return Shares.of([weights[name] for name in splits], total_rows, first)
+    return Mixture(splits, Shares.of([weights[name] for name in splits], total_rows, first))
 
 
 def mixture_figures(config: Config, split: Split | Mixture, num_rows: int) -> dict[str, dict[str, float]]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gptjax.config import UserError
-from gptjax.generate.chat import ChatTemplate
+from gptjax.generate.chat import ChatTemplate, PlainTemplate
 from gptjax.generate.decode import bucket
 from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.text import generate_text
@@ -50,7 +50,7 @@ class GptjaxLM(LM):
         super().__init__()
         self.model, self.batch_size, self.seed = model, batch_size, seed
         self.likelihood = Likelihood(model, batch_size=batch_size, prefix=prefix, log=log)
-        self._template: ChatTemplate | None = None  # the tokenizer's own default
+        self._template: ChatTemplate | PlainTemplate | None = None  # the tokenizer's own default
 
     # --- likelihoods --------------------------------------------------------------------------------------------------------
 

@@ -62,11 +62,17 @@ def majority(texts: Sequence[str], labels: Sequence[Label], new: Sequence[str]) 
 def tfidf_logistic(texts: Sequence[str], labels: Sequence[Label], new: Sequence[str]) -> Classified:
     """Logistic regression on TF-IDF of words and pairs of words; of characters and pairs of them where the text is Chinese."""
     vectors, fresh = _tfidf(texts, new)
-    model = packages.load("sklearn.linear_model").LogisticRegression(C=10.0, tol=1e-3, max_iter=1000)
-    model.fit(vectors, list(labels))
+    model = _logistic(vectors, list(labels))
     probabilities = model.predict_proba(fresh)
     classes = tuple(label.item() if isinstance(label, np.generic) else label for label in model.classes_)
     return Classified([classes[column] for column in probabilities.argmax(axis=1)], probabilities, classes)
+
+
+def _logistic(vectors: Any, labels: Any) -> Any:
+    """Fitted on one thread: the products are small, and several threads that wait for each other are slower than one."""
+    model = packages.load("sklearn.linear_model").LogisticRegression(C=10.0, tol=1e-3, max_iter=1000)
+    with packages.load("threadpoolctl").threadpool_limits(1):
+        return model.fit(vectors, labels)
 
 
 def majority_set(texts: Sequence[str], labels: Sequence[Collection[Label]], new: Sequence[str]) -> list[set[Label]]:
@@ -79,11 +85,9 @@ def tfidf_logistic_set(texts: Sequence[str], labels: Sequence[Collection[Label]]
     """One logistic regression on TF-IDF a label."""
     vectors, fresh = _tfidf(texts, new)
     chosen: list[set[Label]] = [set() for _ in new]
-    linear = packages.load("sklearn.linear_model")
     for label in sorted({label for row in labels for label in row}):
         truth = np.array([label in row for row in labels])
-        model = linear.LogisticRegression(C=10.0, tol=1e-3, max_iter=1000)
-        flags = [True] * len(new) if truth.all() else model.fit(vectors, truth).predict(fresh)
+        flags = [True] * len(new) if truth.all() else _logistic(vectors, truth).predict(fresh)
         for row in np.flatnonzero(flags):
             chosen[row].add(label)
     return chosen

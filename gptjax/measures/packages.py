@@ -7,7 +7,13 @@ from typing import Any
 
 from gptjax.config import UserError
 
-PACKAGES = {"sklearn": "scikit-learn", "seqeval": "seqeval", "sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}
+PACKAGES = {
+    "sklearn": "scikit-learn",
+    "threadpoolctl": "scikit-learn",  # which brings it
+    "seqeval": "seqeval",
+    "sacrebleu": "sacrebleu",
+    "rouge_score": "rouge-score",
+}
 
 
 def load(module: str) -> Any:

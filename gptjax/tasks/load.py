@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gptjax.config import Config, TaskConfig, UserError, tasks_of, with_tasks
-from gptjax.data.packing import pack
-from gptjax.data.pipeline import Dataset, Split
+from gptjax.data.packing import Rows, pack
+from gptjax.data.pipeline import Dataset, Mixture, Split, mixture_of
 from gptjax.data.records import Record, read_records
 from gptjax.data.tokenizers import Tokenizer, make_tokenizer, trained_tokenizer
 from gptjax.tasks.base import Encoded, Encoder
@@ -52,21 +53,72 @@ def load_tasks(config: Config, log: Callable[[str], Any] = print, own: Tokenizer
     report: dict[str, Any] = {}
     for name, knobs in tasks_of(config).items():
         parts = _read(config, knobs, log)
-        settled[name] = TASKS[knobs.kind].settled(knobs, [record.values for record in parts["train"]])
+        values = [record.values for record in parts["train"]]
+        settled[name] = TASKS[knobs.kind].settled(knobs, values)
+        for remark in TASKS[knobs.kind].remarks(settled[name], values):
+            log(f"data: {remark}")
         for split in SPLITS:
             _check(settled[name], parts[split])
             records[split][name] = parts[split]
     config = with_tasks(config, settled)
     tokenizer = own or _tokenizer(config)
-    splits: dict[str, Split] = {}
+    splits: dict[str, dict[str, Split]] = {}
     examples: dict[str, list[Example]] = {}
     for split in SPLITS:
-        splits[split], examples[split], counts = build_split(config, split, records[split], tokenizer)
+        splits[split], examples[split], counts = _of_tasks(config, split, records[split], tokenizer, log)
         for key, count in counts.items():
             report.setdefault(key, {})[split] = count
-        log(_described(split, counts))
     report |= {"vocab_size": tokenizer.vocab_size, "seconds": round(time.perf_counter() - began, 3)}
-    return TaskDataset(tokenizer, splits["train"], splits["eval"], report, tokenizer, settled, records, examples)
+    train: Split | Mixture = next(iter(splits["train"].values()))
+    if config.task.mixture:
+        train = mixture_of(config, splits["train"])
+    return TaskDataset(tokenizer, train, _joined(splits["eval"]), report, tokenizer, settled, records, examples)
+
+
+def _of_tasks(
+    config: Config, split: str, records: Mapping[str, Sequence[Record]], tokenizer: Tokenizer, log: Callable[[str], Any]
+) -> tuple[dict[str, Split], list[Example], collections.Counter[str]]:
+    """({task: its own rows}, the examples of all, counted on from task to task, sums of the counts)."""
+    splits: dict[str, Split] = {}
+    examples: list[Example] = []
+    total: collections.Counter[str] = collections.Counter()
+    for name, own in records.items():
+        splits[name], more, counts = build_split(config, split, {name: own}, tokenizer, len(examples))
+        examples += more
+        total.update(counts)
+        log(_described(f"{name}: {split}" if config.task.mixture else split, counts))
+    return splits, examples, total
+
+
+def _joined(splits: Mapping[str, Split]) -> Split:
+    """The rows of all tasks, one task after the other."""
+    parts = list(splits.values())
+    if len(parts) == 1:
+        return parts[0]
+    rows: list[Rows] = []
+    for part in parts:
+        assert part.rows is not None
+        rows.append(part.rows)
+    tokens, documents, pieces = (
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)[:-1]
+        for counts in zip(*((len(part.tokens), len(part.names), len(part.rows.piece_starts)) for part in parts), strict=True)  # type: ignore[union-attr]
+    )
+    together = Rows(
+        rows[0].capacity,
+        np.concatenate([[0], *(one.row_offsets[1:] + more for one, more in zip(rows, pieces, strict=True))]),
+        np.concatenate([one.piece_starts + more for one, more in zip(rows, tokens, strict=True)]),
+        np.concatenate([one.piece_lengths for one in rows]),
+        np.concatenate([one.piece_documents + more for one, more in zip(rows, documents, strict=True)]),
+    )
+    return Split(
+        parts[0].name,
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([[0], *(part.offsets[1:] + more for part, more in zip(parts, tokens, strict=True))]),
+        [name for part in parts for name in part.names],
+        sum(part.text_bytes for part in parts),
+        together,
+        columns={key: np.concatenate([part.columns[key] for part in parts]) for key in parts[0].columns},
+    )
 
 
 def _tokenizer(config: Config) -> Tokenizer:
@@ -82,19 +134,10 @@ def _tokenizer(config: Config) -> Tokenizer:
 
 
 def _read(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> dict[str, list[Record]]:
-    task = TASKS[knobs.kind]
+    required = TASKS[knobs.kind].needs(knobs)
 
     def of(path: str, key: str = "task.path") -> list[Record]:
-        return read_records(
-            path,
-            knobs.format,
-            max_bad=knobs.max_bad_rows,
-            columns=knobs.columns,
-            required=sorted(task.needs(knobs)),
-            check=functools.partial(task.check, knobs),
-            key=key,
-            log=lambda line: log(f"data: {line}."),
-        ).records
+        return read(knobs, path, key, required, log)
 
     if knobs.eval_path:
         return {"train": of(knobs.path), "eval": of(knobs.eval_path, "task.eval_path")}
@@ -110,6 +153,22 @@ def _read(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> dict[
             f"{empty[0]} split; give more, or task.eval_path."
         )
     return parts
+
+
+def read(
+    knobs: TaskConfig, path: str, key: str, required: Collection[str], log: Callable[[str], Any], format: str = ""
+) -> list[Record]:
+    """The records of a task's files, in `format` or that of the task. Raises `UserError`."""
+    return read_records(
+        path,
+        format or knobs.format,
+        max_bad=knobs.max_bad_rows,
+        columns=knobs.columns,
+        required=sorted(required),
+        check=functools.partial(TASKS[knobs.kind].check, knobs),
+        key=key,
+        log=lambda line: log(f"data: {line}."),
+    ).records
 
 
 def _is_held_out(record: Record, share: float) -> bool:
@@ -130,9 +189,12 @@ def encoder(config: Config, tokenizer: Tokenizer) -> Encoder:
 
 
 def build_split(
-    config: Config, split: str, records: Mapping[str, Sequence[Record]], tokenizer: Tokenizer
+    config: Config, split: str, records: Mapping[str, Sequence[Record]], tokenizer: Tokenizer, first: int = 0
 ) -> tuple[Split, list[Example], dict[str, int]]:
-    """(rows of the examples of all tasks' records, whose they are, counts of what became of them). Raises `UserError`."""
+    """(rows of the examples of these tasks' records, whose they are, counts of what became of them). Raises `UserError`.
+
+    `first`: how many examples were counted before.
+    """
     encode = encoder(config, tokenizer)
     found: list[tuple[Example, Encoded]] = []
     names: list[str] = []
@@ -140,7 +202,7 @@ def build_split(
     for task, of_task in records.items():
         knobs = tasks_of(config)[task]
         for number, record in enumerate(of_task):
-            parts = TASKS[knobs.kind].encode(knobs, record.values, encode)
+            parts = _encoded(knobs, record, encode)
             if any(part.cut for part in parts):
                 if knobs.too_long == "refuse":
                     raise UserError(f"{record.place} has more than data.seq_len={config.data.seq_len} tokens.")
@@ -150,38 +212,70 @@ def build_split(
                 cut += 1
             found += [(Example(task, number, place), part) for place, part in enumerate(parts)]
             names += [f"{record.file}:{record.line}"] * len(parts)
+    source = next(iter(records)) if config.task.mixture else ""
+    built = split_of(config, split, found, names, tokenizer, first, source)
+    counts = {
+        "documents": sum(len(of_task) for of_task in records.values()),
+        "examples": len(found),
+        "tokens": built.num_tokens,
+        "bytes": built.text_bytes,
+        "rows": len(built.rows or ()),
+        "cut": cut,
+        "dropped": dropped,
+    }
+    return built, [example for example, _ in found], counts
+
+
+def split_of(
+    config: Config,
+    split: str,
+    found: Sequence[tuple[Example, Encoded]],
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    first: int = 0,
+    source: str = "",
+) -> Split:
+    """The rows of examples, by data.packing and data.seq_len; their numbers begin behind `first`. Raises `UserError` where there
+    is none.
+    """
     lengths = np.asarray([len(part.tokens) for _, part in found], np.int64)
     if not len(lengths):
-        raise UserError(f"the {split} split has no example of at most data.seq_len={config.data.seq_len} tokens.")
+        of = f" of {source}" if source else ""
+        raise UserError(f"the {split} split{of} has no example of at most data.seq_len={config.data.seq_len} tokens.")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = np.concatenate([part.tokens for _, part in found]).astype(np.int32)
     rows = pack(offsets, config.data.seq_len, overlap=0, alone=config.data.packing == "padded")
     # A batch is seq_len + 1 long, of which the model reads seq_len: the last place stays empty.
     rows = dataclasses.replace(rows, capacity=config.data.seq_len + 1)
+    if any(part.parts for _, part in found):
+        sizes = [part.parts or (len(part.tokens),) for _, part in found]
+        ends = np.cumsum([len(one) for one in sizes])
+        rows = rows.cut_into(np.concatenate(sizes).astype(np.int64), np.concatenate([[0], ends]).astype(np.int64))
     text_bytes = int(tokenizer.token_bytes()[tokens].sum())
-    columns = _columns(config, found, lengths)
-    counts = {
-        "documents": sum(len(of_task) for of_task in records.values()),
-        "examples": len(found),
-        "tokens": len(tokens),
-        "bytes": text_bytes,
-        "rows": len(rows),
-        "cut": cut,
-        "dropped": dropped,
-    }
-    return Split(split, tokens, offsets, names, text_bytes, rows, columns=columns), [example for example, _ in found], counts
+    columns = _columns(config, found, lengths, first)
+    return Split(split, tokens, offsets, list(names), text_bytes, rows, source=source, columns=columns)
 
 
-def _columns(config: Config, found: Sequence[tuple[Example, Encoded]], lengths: np.ndarray) -> dict[str, np.ndarray]:
+def _encoded(knobs: TaskConfig, record: Record, encode: Encoder) -> list[Encoded]:
+    try:
+        return TASKS[knobs.kind].encode(knobs, record.values, encode)
+    except UserError as error:
+        raise UserError(f"{record.place}: {str(error).rstrip('.')}.") from None
+
+
+def _columns(config: Config, found: Sequence[tuple[Example, Encoded]], lengths: np.ndarray, first: int) -> dict[str, np.ndarray]:
     numbers = {name: number for number, name in enumerate(tasks_of(config), 1)}
     columns = {
-        "example": np.repeat(np.arange(1, len(found) + 1, dtype=np.int32), lengths),
+        "example": np.repeat(np.arange(first + 1, first + len(found) + 1, dtype=np.int32), lengths),
         "task": np.repeat(np.asarray([numbers[example.task] for example, _ in found], np.int32), lengths),
         "read": np.concatenate([part.read for _, part in found]).astype(np.int32),
     }
     for name, knobs in tasks_of(config).items():
         for column, like in TASKS[knobs.kind].columns(knobs).items():
             none = np.zeros((0, *like.shape[1:]), like.dtype)
+            if not any(example.task == name for example, _ in found):
+                columns[f"{name}/{column}"] = np.broadcast_to(np.zeros((), like.dtype), (int(lengths.sum()), *like.shape[1:]))
+                continue
             columns[f"{name}/{column}"] = np.concatenate(
                 [
                     part.columns[column].astype(like.dtype)

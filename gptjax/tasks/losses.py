@@ -16,6 +16,7 @@ from gptjax.config import Config, tasks_of
 from gptjax.model.decoder import output_table
 from gptjax.parallel.sharding import spec
 from gptjax.tasks.base import Batch, Language, Parameter, Sums
+from gptjax.tasks.heads import head_width
 from gptjax.tasks.table import TASKS
 from gptjax.train.loss import softmax_cross_entropy, token_nll
 
@@ -72,7 +73,7 @@ def _of_tasks(config: Config, params: Any, batch: Batch) -> Iterator[tuple[str, 
     """(name, knobs, head's parameters, its part of the batch) of each task."""
     for number, (name, knobs) in enumerate(tasks_of(config).items(), 1):
         columns = {key.removeprefix(f"{name}/"): array for key, array in batch.items() if key.startswith(f"{name}/")}
-        shared = {key: batch[key] for key in ("tokens", "segment_ids", "positions")}
+        shared = {key: batch[key] for key in ("tokens", "segment_ids", "positions", "example")}
         read = batch["read"] * (batch["task"] == number)
         yield name, knobs, params.get(HEADS, {}).get(name, {}), shared | {"read": read} | columns
 
@@ -80,13 +81,54 @@ def _of_tasks(config: Config, params: Any, batch: Batch) -> Iterator[tuple[str, 
 def task_losses(
     config: Config, params: Any, hidden_BTD: jax.Array, batch: Batch, options: Mapping[str, Any]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(sum of the weighted losses of all tasks, its parts); arrays of `batch` are [B, T, ...]."""
+    """(sum of the weighted losses of all tasks, its parts); arrays of `batch` are [B, T, ...].
+
+    Of several tasks the unit is not a target but a row: with W_t targets of task t in the n_t rows that it has in the whole
+    batch, a target costs `loss_weight` * n_t / W_t (`with_units`). So a task counts by its share of the rows, however many
+    targets a row of it has.
+    """
     language = _Decoder(config, params, options)
     total = Sums(*(jnp.float32(0),) * 3)
-    for _, knobs, head, own in _of_tasks(config, params, batch):
+    parts: dict[str, jax.Array] = {}
+    for name, knobs, head, own in _of_tasks(config, params, batch):
         sums = TASKS[knobs.kind].loss(knobs, head, hidden_BTD, own, language)
+        if config.task.mixture:
+            nll = jax.lax.stop_gradient(sums.nll)
+            parts |= {f"tasks/{name}/nll_sum": nll, f"tasks/{name}/weight_sum": sums.weight}
+            unit = own["unit"].max()
+            sums = Sums(knobs.loss_weight * unit * sums.loss, unit * sums.nll, unit * sums.weight)
         total = Sums(*(a + b for a, b in zip(total, sums, strict=True)))
-    return total.loss, {"nll_sum": jax.lax.stop_gradient(total.nll), "weight_sum": total.weight}
+    return total.loss, parts | {"nll_sum": jax.lax.stop_gradient(total.nll), "weight_sum": total.weight}
+
+
+def with_units(config: Config, params: Any, batch: Batch, options: Mapping[str, Any]) -> Batch:
+    """The whole batch of a step, arrays [B, T + 1, ...], with what a target of each task counts there in rows: float32
+    "TASK/unit", at the places of the task's rows, so that it is cut into micro-batches like everything else.
+    """
+    if not config.task.mixture:
+        return batch
+    language = _Decoder(config, params, options)
+    inner = {name: array[:, :-1] for name, array in batch.items()}
+    # Of these losses only the weights are used, which depend on no parameter: the compiler leaves the rest out.
+    hidden_BTD = jnp.zeros((*inner["tokens"].shape, head_width(config.model)), jnp.dtype(config.model.dtype))
+    units: dict[str, jax.Array] = {}
+    for number, (name, knobs, head, own) in enumerate(_of_tasks(config, params, inner), 1):
+        of_task_BT = batch["task"] == number
+        rows = of_task_BT.any(axis=1).sum().astype(jnp.float32)
+        weight = TASKS[knobs.kind].loss(knobs, head, hidden_BTD, own, language).weight
+        units[f"{name}/unit"] = of_task_BT * (rows / jnp.maximum(weight, 1.0))
+    return dict(batch) | units
+
+
+def task_figures(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """{"tasks/NAME/nll", "tasks/NAME/weight"} of a step's batch, of each of several tasks; nll is 0 where it has none there."""
+    names = [key.split("/")[1] for key in sums if key.startswith("tasks/") and key.endswith("/weight_sum")]
+    found: dict[str, jax.Array] = {}
+    for name in names:
+        weight = sums[f"tasks/{name}/weight_sum"]
+        found[f"tasks/{name}/nll"] = sums[f"tasks/{name}/nll_sum"] / jnp.maximum(weight, 1.0)
+        found[f"tasks/{name}/weight"] = weight
+    return found
 
 
 def task_outputs(

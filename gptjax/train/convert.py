@@ -221,8 +221,8 @@ def export_model(
         )
     if config.adapter.method in LEADING:
         raise UserError(
-            f"{workdir} was trained with adapter.method={config.adapter.method}, whose places ahead of a text are in no parameter "
-            "of a Hugging Face model; --to=peft writes them."
+            f"{workdir} was trained with adapter.method={config.adapter.method}, whose places ahead of a text are in no "
+            "parameter of a Hugging Face model; --to=peft writes them."
         )
     huggingface.architecture_for(parameterization.standard(config.model))  # refuses before anything is restored
     tokenizer = load_tokenizer(workdir / "tokenizer") if (workdir / "tokenizer").is_dir() else None

@@ -42,6 +42,7 @@ from gptjax.train.flops import describe_mfu, device_peak, flops_per_token, mfu
 from gptjax.train.groups import trained_count
 from gptjax.train.metrics import LiveLine, MetricsWriter, log_to_stderr, parameter_table
 from gptjax.train.optimizers import Lengths, evaluation_params
+from gptjax.train.reference import with_reference
 from gptjax.train.restore import initial_params
 from gptjax.train.rewind import Rewind, Spike, Watch
 from gptjax.train.run import RunLock, check_config, environment, read_result, state_sha256, write_result
@@ -136,6 +137,9 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: Sequence[str] = 
             Checkpoints(workdir / "checkpoints", config.checkpoint, line) as checkpoints,
         ):
             state, about = _restore_or_init(config, lengths, mesh, checkpoints, line, dataset.tokenizer)
+            if isinstance(dataset, TaskDataset):
+                initial = functools.partial(_initial_params, config, lengths, mesh, state, line, dataset.tokenizer)
+                dataset = with_reference(config, dataset, workdir, mesh, initial, line)
             rewind: Rewind | None = None
             while True:
                 with _metrics(workdir, config, int(state.step) or None, line) as metrics:
@@ -223,6 +227,15 @@ def _restore_or_init(
         log(f"going on from the checkpoint of step {restored.step}.")
         return restored.state, restored.metadata
     return init_state(config, lengths, mesh, initial_params(config, mesh, log, tokenizer)), {}
+
+
+def _initial_params(
+    config: Config, lengths: Lengths, mesh: Mesh, state: TrainState, log: Callable[[str], None], tokenizer: Tokenizer
+) -> Any:
+    """Those of step 0, whatever step the state is at."""
+    if not int(state.step):
+        return state.params
+    return init_state(config, lengths, mesh, initial_params(config, mesh, log, tokenizer)).params
 
 
 def _check_stages(config: Config, stages: Stages, mesh: Mesh) -> None:
@@ -333,7 +346,7 @@ def _read(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
         "tokens_per_second": rate,
         "mfu": mfu(rate, flops_per_token(c.model, stage.seq_len, adapter_weights(c)), run.mesh.size, peak),
         "seconds": run.seconds,
-    } | {name: value for name, value in values.items() if name.startswith(("moe/", "heads/"))}
+    } | {name: value for name, value in values.items() if name.startswith(("moe/", "heads/", "tasks/"))}
     if len(run.stages.every) > 1:
         row |= {"batch_size": stage.batch_size, "seq_len": stage.seq_len}
     for source, figures in mixture_figures(c, run.dataset.train, run.rows(step)).items():

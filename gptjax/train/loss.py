@@ -92,16 +92,34 @@ def token_nll(
     dtype: Any = jnp.float32,
     softcap: float = 0.0,
 ) -> jax.Array:
-    """nll of each token, [B, T] in float32, without gradients; arguments as `softmax_cross_entropy`."""
+    """nll of each token, [B, T] in float32; arguments as `softmax_cross_entropy`. Under differentiation the logits are computed
+    anew in the backward pass, chunk by chunk.
+    """
     options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype), softcap)
+    return _token_nll(options, hidden_BTD, _over_vocabulary(head, transposed), targets_BT)
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_nll(options, hidden_BTD, head, targets_BT):
     def one(hidden_BcD, targets_Bc):
         logits_BcV = _logits(options, hidden_BcD, head)
         return (), _token_losses(options, logits_BcV, _softmax(logits_BcV), targets_Bc)[1]
 
-    head = _over_vocabulary(head, transposed)
-    _, nll_BT = _over_chunks(options, head, one, (hidden_BTD, targets_BT))
-    return jnp.asarray(nll_BT)
+    return jnp.asarray(_over_chunks(options, head, one, (hidden_BTD, targets_BT))[1])
+
+
+def _token_nll_forward(options, hidden_BTD, head, targets_BT):
+    return _token_nll(options, hidden_BTD, head, targets_BT), (hidden_BTD, head, targets_BT)
+
+
+def _token_nll_backward(options, residuals, cotangent_BT):
+    """The gradient of a sum over tokens of weight * nll, the weights being what comes back for each."""
+    hidden_BTD, head, targets_BT = residuals
+    _, (dhidden_BTD, dhead, _) = _cross_entropy_forward(options, hidden_BTD, head, targets_BT, cotangent_BT)
+    return dhidden_BTD, dhead, None
+
+
+_token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 
 def token_log_probs(

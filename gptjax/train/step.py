@@ -24,7 +24,7 @@ from gptjax.model import primitives
 from gptjax.model.decoder import Decoder, output_table
 from gptjax.model.experts import RouterStats, router_losses
 from gptjax.parallel.sharding import batch_sharding, laid_over, parameter_shardings, replicated, use_rules
-from gptjax.tasks.losses import HEADS, init_heads, task_losses
+from gptjax.tasks.losses import HEADS, init_heads, task_figures, task_losses, with_units
 from gptjax.train import state_precision
 from gptjax.train.groups import check_patterns, keep_frozen, trained_part, with_zeros, without_frozen
 from gptjax.train.loss import sampled_targets, softmax_cross_entropy
@@ -293,6 +293,7 @@ def summed_gradients(
     """Gradient of the summed loss, 0 and not computed where parameters are frozen, and the summed parts, over all
     micro-batches."""
     parts = config.train.accumulation_steps
+    batch = dict(with_units(config, params, batch, head_options(config)))
 
     def one(rows: tuple[Batch, Any]) -> tuple[Any, Metrics]:
         micro_batch, keys = rows
@@ -363,7 +364,7 @@ def _step(config: Config, lengths: Lengths, state: TrainState, batch: Batch) -> 
         "nonfinite_steps": new_state.nonfinite_steps,
         "nonfinite_streak": new_state.nonfinite_streak,
     }
-    metrics |= _router_metrics(sums, weight) | _head_metrics(sums)
+    metrics |= _router_metrics(sums, weight) | _head_metrics(sums) | task_figures(sums)
     return new_state, metrics
 
 

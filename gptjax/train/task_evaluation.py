@@ -22,6 +22,7 @@ from gptjax.tasks.load import Example, TaskDataset
 from gptjax.tasks.losses import task_outputs
 from gptjax.tasks.table import TASKS
 from gptjax.train.step import head_options, hidden_states, task_inputs, within_model
+from gptjax.train.task_writing import answer, figures_of, with_answers
 
 Examples = dict[str, list[Judged]]  # by task
 
@@ -53,10 +54,7 @@ def judge(
     max_batches: int = 0,
 ) -> Examples:
     """What the model says of each record, in their order; with `max_batches`, of those that are wholly in so many batches."""
-    check_divides(config, mesh)
-    outputs: dict[int, np.ndarray] = {}
-    for batch, found in _run(config, params, split, mesh, max_batches):
-        outputs |= _by_example(examples, batch, found)
+    outputs = outputs_by_example(config, params, split, examples, mesh, max_batches)
     of_record: dict[tuple[str, int], list[int]] = {}
     for number, example in enumerate(examples):
         of_record.setdefault((example.task, example.record), []).append(number)
@@ -66,6 +64,17 @@ def judge(
             knobs, record = tasks_of(config)[name], records[name][number].values
             judged[name].append(TASKS[knobs.kind].judged(knobs, record, [outputs[one] for one in own]))
     return judged
+
+
+def outputs_by_example(
+    config: Config, params: Any, split: Split, examples: Sequence[Example], mesh: Mesh, max_batches: int = 0
+) -> dict[int, np.ndarray]:
+    """{example, from 0: [places with `read` 1, K] of its task's outputs}, of all rows or of those in so many batches."""
+    check_divides(config, mesh)
+    outputs: dict[int, np.ndarray] = {}
+    for batch, found in _run(config, params, split, mesh, max_batches):
+        outputs |= _by_example(examples, batch, found)
+    return outputs
 
 
 def _run(
@@ -110,9 +119,12 @@ def evaluate_tasks(
 ) -> tuple[dict[str, float | int], Examples]:
     """({"loss", "examples", and the measures of the run's only task, or TASK/NAME of each of several}, what the model said).
 
-    `loss` is over all tasks together, by their weights; sums are in float64, in the order of the records.
+    `loss` is the task's, of several the mean of theirs by `loss_weight`; sums are in float64, in the order of the records.
+    Answers in writing are those to the same prompts whatever `max_batches`.
     """
     assert isinstance(dataset.eval, Split)
+    answers = answer(config, params, dataset.tokenizer, dataset.records["eval"], config.train.seed)
+    written = figures_of(config, answers)
     judged = judge(config, params, dataset.eval, dataset.examples["eval"], dataset.records["eval"], mesh, max_batches)
     figures: dict[str, float | int] = {}
     nats = weight = 0.0
@@ -121,9 +133,11 @@ def evaluate_tasks(
         if not known:
             raise UserError(f"task.path: the evaluation split has no record of which is known what is right ({name}).")
         own = sum(one.nats for one in known), sum(one.weight for one in known)
-        nats, weight = nats + own[0], weight + own[1]
+        nats, weight = nats + knobs.loss_weight * own[0] / own[1], weight + knobs.loss_weight
         front = f"{name}/" if len(tasks_of(config)) > 1 else ""
         figures |= {f"{front}{key}": value for key, value in TASKS[knobs.kind].measures(knobs, known).items()}
+        figures |= {f"{front}{key}": value for key, value in written.get(name, {}).items()}
+        judged[name] = with_answers(config, dataset.tokenizer, name, judged[name], answers.get(name, {}))
         figures[f"{front}examples"] = len(known)
         if front:
             figures[f"{front}loss"] = own[0] / own[1]

@@ -75,7 +75,7 @@ def effective(config: Config, params: Any) -> dict[str, np.ndarray]:
         path = name.removeprefix("adapters/").removesuffix("/lora_b")
         of_all = f"adapters/{path.rpartition('/')[0]}/lora_a"
         a, b = flat.get(f"adapters/{path}/lora_a", flat.get(of_all)), flat[name]
-        updated = np.stack([w + scale * np.tensordot(a_l, b_l, 1) for w, a_l, b_l in zip(found[f"{path}/kernel"], a, b)])
+        updated = found[f"{path}/kernel"] + scale * np.stack([np.tensordot(x, y, 1) for x, y in zip(a, b, strict=True)])
         if c.method == "dora":
             inputs = tuple(range(1, a.ndim - 1))
             magnitude = flat[f"adapters/{path}/magnitude"]

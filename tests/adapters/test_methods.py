@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -17,12 +19,13 @@ from gptjax.config import AdapterConfig, UserError
 from gptjax.model.cache import Cache
 from gptjax.model.decoder import Decoder
 from gptjax.parallel.mesh import make_mesh
+from gptjax.train.checkpoints import Checkpoints
 from gptjax.train.groups import trained_count
 from gptjax.train.optimizers import Lengths
 from gptjax.train.run import named_leaves
-from gptjax.train.step import init_state, make_train_step
+from gptjax.train.step import abstract_state, init_state, make_train_step, summed_gradients
 from tests.adapters.cases import CASES, MERGED, case, drawn, effective, example_of, hidden, nested
-from tests.small import random_batch, small, tree_close
+from tests.small import random_batch, small, tree_close, tree_equal
 
 PLAIN = AdapterConfig()
 
@@ -97,8 +100,10 @@ def test_a_prefix_is_a_cache_ahead() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_training_moves_what_is_trained_alone(name: str) -> None:
-    """From fresh adapters, that change nothing but for prompts and prefixes, and int8's rounding."""
+def test_training_moves_what_is_trained_alone(name: str, tmp_path: pathlib.Path) -> None:
+    """From fresh adapters, that change nothing but for prompts and prefixes, and int8's rounding; and goes on from a checkpoint
+    as if there had been none.
+    """
     config = case(name)
     lengths, mesh = Lengths.of(config, 1.0), make_mesh(config.mesh)
     state = init_state(config, lengths, mesh)
@@ -111,10 +116,19 @@ def test_training_moves_what_is_trained_alone(name: str) -> None:
         np.testing.assert_allclose(found, expected, rtol=0, atol=0 if name == "lora" else 2e-6)
     step, batch = make_train_step(config, lengths, mesh), random_batch(config)
     losses = []
-    for _ in range(3):
+    for number in range(3):
+        if number == 2 and name == "int8":
+            going_on = copied(state)
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[2] < losses[0]
+    if name == "int8":  # the last step once more, from a checkpoint
+        config_of = dataclasses.replace(config.checkpoint, asynchronous=False)
+        with Checkpoints(tmp_path, config_of, lambda line: None) as checkpoints:
+            checkpoints.save(2, going_on, {})
+            restored = checkpoints.restore(abstract_state(config, lengths, mesh))
+        assert restored is not None
+        tree_equal(step(restored.state, batch)[0], state)
     trained = 0
     for path, leaf in named_leaves(state.params).items():
         if path.startswith("adapters/") or (name == "bitfit" and path.endswith("/bias")):
@@ -125,6 +139,21 @@ def test_training_moves_what_is_trained_alone(name: str) -> None:
     assert trained_count(config, state.params) == (trained, sum(leaf.size for leaf in before.values()))
     held = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert sum(leaf.size for leaf in held) == 2 * trained  # Adam's two moments
+
+
+def copied(state: Any) -> Any:
+    """A step takes its state's memory."""
+    return jax.tree.map(jnp.copy, state)
+
+
+def test_a_scan_and_remat_change_nothing() -> None:
+    """Rounding aside, of the gradients of adapters in one iteration of each layer and in one of all."""
+    found = []
+    for knobs in ({"model.scan_unroll": 1, "model.remat": "full"}, {"model.scan_unroll": 0, "model.remat": "none"}):
+        config = small(*CASES["lora"], knobs)
+        run = jax.jit(functools.partial(summed_gradients, config))
+        found.append(run(drawn(config), random_batch(config, rows=2), None)[0]["adapters"])
+    tree_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_what_is_frozen_are_not_computed() -> None:

@@ -173,6 +173,7 @@ def test_how_much_may_change():
     words = split("alpha beta gamma delta epsilon zeta eta theta iota kappa")
     assert [Constraints(max_share=share).most(words) for share in (0.01, 0.1, 0.29, 0.3, 1.0)] == [1, 1, 2, 3, 10]
     assert Constraints(max_words=2).most(words) == 2 and Constraints(max_words=2, max_share=0.1).most(words) == 1
+    assert Constraints(max_share=0.29).most(split("word " * 100)) == 29  # 0.29 * 100 is 28.999999999999996
     two = {0: "alpah", 1: "btea"}
     assert Constraints(max_share=0.2).allow(words, two) and not Constraints(max_share=0.1).allow(words, two)
     assert Constraints(keep_length=True).allow(words, two) and not Constraints(keep_length=True).allow(words, {0: "alph"})

@@ -11,14 +11,14 @@ from tests.interop.transformer_models import random_transformer
 END = "<|endoftext|>"
 
 
-def write_folder(folder: pathlib.Path) -> pathlib.Path:
+def write_folder(folder: pathlib.Path, positions: int = 96) -> pathlib.Path:
     """256 bytes, a few merges and the end-of-text token."""
     letters = list(byte_characters())
     merges = ["h e", "Ġ t", "Ġt he", "Ġ a", "i n", "r e", "e r", "Ġ s", "Ġ w", "o n", "a n", "t h"]
     pieces = [*letters, *(merge.replace(" ", "") for merge in merges)]
     vocab = {piece: number for number, piece in enumerate(pieces)} | {END: len(pieces)}
     model = random_transformer(
-        "gpt2", vocab_size=len(vocab), n_positions=96, n_embd=16, n_layer=2, n_head=2, bos_token_id=268, eos_token_id=268
+        "gpt2", vocab_size=len(vocab), n_positions=positions, n_embd=16, n_layer=2, n_head=2, bos_token_id=268, eos_token_id=268
     )
     assert vocab[END] == 268
     model.save_pretrained(folder)

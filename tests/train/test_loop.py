@@ -8,6 +8,7 @@ import os
 import pathlib
 import signal
 import sys
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from gptjax.train import step as step_lib
 from gptjax.train.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+STEPS_TO_KILL = 100
 
 
 @pytest.fixture(scope="module")
@@ -209,14 +211,29 @@ def test_a_run_starts_from_another_run(text_file, undisturbed, tmp_path):
         loop.train(tiny(text_file, init_from=workdir, model__num_layers=3), tmp_path / "other")
 
 
-@pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_runs_end_with_the_undisturbed_state(tmp_path, monkeypatch, which):
-    """The short form of experiments/resume/kill.py, in real processes."""
+@pytest.fixture(scope="module")
+def kill() -> Any:
+    """experiments/resume/kill.py"""
     spec = importlib.util.spec_from_file_location("kill", ROOT / "experiments/resume/kill.py")
-    kill = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "kill", kill)  # where its dataclass looks itself up
-    spec.loader.exec_module(kill)
-    outcome = kill.campaign(tmp_path, kills=2, which=which, steps=100, seed=1)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "kill", module)  # where its dataclass looks itself up
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture(scope="module")
+def undisturbed_processes(kill: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, tuple[str, float]]:
+    folder = tmp_path_factory.mktemp("kills")
+    return folder, kill.undisturbed(folder, STEPS_TO_KILL)
+
+
+@pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_runs_end_with_the_undisturbed_state(kill, undisturbed_processes, which):
+    """The short form of experiments/resume/kill.py, in real processes."""
+    folder, known = undisturbed_processes
+    outcome = kill.campaign(folder, kills=2, which=which, steps=STEPS_TO_KILL, seed=1, known=known)
     assert len(outcome.kill_steps) == 2 and outcome.hashes and outcome.differing == 0
     if which == signal.SIGTERM:
         assert set(outcome.exit_statuses) == {75} and set(outcome.steps_lost) == {0}
