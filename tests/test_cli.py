@@ -190,7 +190,7 @@ def test_overriding_the_model_of_a_trained_run_is_refused(run, capsys):
     assert status == 2 and "was trained with 1" in err
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "generate", "config", "sweep", "status", "compare"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "generate", "config", "sweep", "status", "compare", "attack"])
 def test_every_verb_has_help_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([verb, "--help"])

@@ -173,7 +173,8 @@ def names_both(sentence: str, pair: Pair) -> bool:
 def covering_rows(pairs: set[Pair], seed: int = 0) -> Iterator[dict[str, str]]:
     """Rows, each an option for every factor, that together hold all of `pairs`, which the door lets through.
 
-    Of some rows drawn for their number of new pairs the best is taken. Options are bits of whole numbers.
+    Sets of options are bits of whole numbers. Options that go together two by two have always gone together, so the door is
+    asked about the whole row, and about each step of it only where it refused that.
     """
     draw = random.Random(seed)
     names = [(factor, option) for factor, options in FACTORS.items() for option in options]
@@ -183,39 +184,34 @@ def covering_rows(pairs: set[Pair], seed: int = 0) -> Iterator[dict[str, str]]:
         partners[number[a]] |= 1 << number[b]
         partners[number[b]] |= 1 << number[a]
     left = list(partners)
+    in_order = [(number[a], number[b]) for a, b in sorted(sorted(pair) for pair in pairs)]
 
-    def drawn(first: int, second: int, at_the_door: bool) -> list[int]:
-        row = [first, second]
-        others = [factor for factor in FACTORS if factor not in (names[first][0], names[second][0])]
+    def chosen(first: int, second: int, at_the_door: bool) -> dict[str, str]:
+        row = dict((names[first], names[second]))
+        taken = 1 << first | 1 << second
+        others = [factor for factor in FACTORS if factor not in row]
         draw.shuffle(others)
         for factor in others:
-            taken = sum(1 << one for one in row)
             options = [number[factor, option] for option in FACTORS[factor]]
             fitting = [one for one in options if not taken & ~partners[one]]
             for one in sorted(fitting, key=lambda one: (-(left[one] & taken).bit_count(), draw.random())):
-                if not at_the_door or _passes(dict(names[other] for other in (*row, one))):
-                    row.append(one)
+                if not at_the_door or _passes(row | dict([names[one]])):
+                    row |= dict([names[one]])
+                    taken |= 1 << one
                     break
             else:
-                return []
+                raise AssertionError(f"no option of {factor} goes with {row}")
         return row
 
-    def gain(row: list[int]) -> int:
-        taken = sum(1 << one for one in row)
-        return sum((left[one] & taken).bit_count() for one in row)
-
-    while any(left):
-        first = draw.choice([one for one, others in enumerate(left) if others])
-        second = draw.choice([other for other in range(len(names)) if left[first] >> other & 1])
-        rows = sorted((drawn(first, second, at_the_door=False) for _ in range(10)), key=gain, reverse=True)
-        passing = (row for row in rows if row and _passes(dict(names[one] for one in row)))
-        row = next(passing, []) or drawn(first, second, at_the_door=True)
-        if not row:
-            raise AssertionError(f"no row with {names[first]} and {names[second]}")
-        taken = sum(1 << one for one in row)
-        for one in row:
-            left[one] &= ~taken
-        yield dict(names[one] for one in row)
+    while in_order := [(a, b) for a, b in in_order if left[a] >> b & 1]:
+        first, second = draw.choice(in_order)
+        row = chosen(first, second, at_the_door=False)
+        if not _passes(row):
+            row = chosen(first, second, at_the_door=True)
+        taken = sum(1 << number[name] for name in row.items())
+        for name in row.items():
+            left[number[name]] &= ~taken
+        yield row
 
 
 def _passes(row: dict[str, str]) -> bool:

@@ -81,7 +81,7 @@ def confusion_table(names: Sequence[str], matrix: np.ndarray) -> str:
         total = int(matrix[place].sum())
         cells = []
         for column, count in enumerate(matrix[place].tolist()):
-            depth = 0.75 * count / total if total else 0
+            depth = 0.6 * count / total if total else 0  # deeper, and the number on it would be hard to read
             kind = "right" if place == column else "wrong"
             title = f"gold {name}, predicted {names[column]}: {count} of {total}"
             cells.append(f'<td class="{kind}" style="--depth:{depth:.3f}" title="{html.escape(title)}">{count or "·"}</td>')

@@ -1,6 +1,6 @@
 """Examples for tasks: files of many formats to one list of records, each with the place it came from.
 
-What is wrong with a row is said with its file and line; such rows are skipped and counted, up to a limit that the caller states.
+What is wrong with a row is said with its file and line; up to the caller's limit, such rows are skipped and counted.
 The formats themselves stand in gptjax/data/record_formats.py.
 """
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config import Config, TaskConfig, UserError, tasks_of, with_tasks
-from gptjax.data.packing import Rows, pack
+from gptjax.data.packing import pack
 from gptjax.data.pipeline import Dataset, Mixture, Split, mixture_of
 from gptjax.data.records import Record, read_records
 from gptjax.data.tokenizers import Tokenizer, make_tokenizer, trained_tokenizer
@@ -69,10 +69,13 @@ def load_tasks(config: Config, log: Callable[[str], Any] = print, own: Tokenizer
         for key, count in counts.items():
             report.setdefault(key, {})[split] = count
     report |= {"vocab_size": tokenizer.vocab_size, "seconds": round(time.perf_counter() - began, 3)}
-    train: Split | Mixture = next(iter(splits["train"].values()))
+    train: Split | Mixture
+    held_out: Split | dict[str, Split]
     if config.task.mixture:
-        train = mixture_of(config, splits["train"])
-    return TaskDataset(tokenizer, train, _joined(splits["eval"]), report, tokenizer, settled, records, examples)
+        train, held_out = mixture_of(config, splits["train"]), splits["eval"]
+    else:
+        train, held_out = (next(iter(splits[split].values())) for split in SPLITS)
+    return TaskDataset(tokenizer, train, held_out, report, tokenizer, settled, records, examples)
 
 
 def _of_tasks(
@@ -88,37 +91,6 @@ def _of_tasks(
         total.update(counts)
         log(_described(f"{name}: {split}" if config.task.mixture else split, counts))
     return splits, examples, total
-
-
-def _joined(splits: Mapping[str, Split]) -> Split:
-    """The rows of all tasks, one task after the other."""
-    parts = list(splits.values())
-    if len(parts) == 1:
-        return parts[0]
-    rows: list[Rows] = []
-    for part in parts:
-        assert part.rows is not None
-        rows.append(part.rows)
-    tokens, documents, pieces = (
-        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)[:-1]
-        for counts in zip(*((len(part.tokens), len(part.names), len(part.rows.piece_starts)) for part in parts), strict=True)  # type: ignore[union-attr]
-    )
-    together = Rows(
-        rows[0].capacity,
-        np.concatenate([[0], *(one.row_offsets[1:] + more for one, more in zip(rows, pieces, strict=True))]),
-        np.concatenate([one.piece_starts + more for one, more in zip(rows, tokens, strict=True)]),
-        np.concatenate([one.piece_lengths for one in rows]),
-        np.concatenate([one.piece_documents + more for one, more in zip(rows, documents, strict=True)]),
-    )
-    return Split(
-        parts[0].name,
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([[0], *(part.offsets[1:] + more for part, more in zip(parts, tokens, strict=True))]),
-        [name for part in parts for name in part.names],
-        sum(part.text_bytes for part in parts),
-        together,
-        columns={key: np.concatenate([part.columns[key] for part in parts]) for key in parts[0].columns},
-    )
 
 
 def _tokenizer(config: Config) -> Tokenizer:

@@ -63,20 +63,24 @@ def with_reference(
     if isinstance(dataset.train, Mixture):
         own = {name: filled[f"train/{name}"] for name in dataset.train.splits}
         train = dataclasses.replace(dataset.train, splits=own)
-    return dataclasses.replace(dataset, train=train, eval=filled["eval"])
+    held_out: Split | dict[str, Split] = filled.get("eval", dataset.eval)
+    if isinstance(dataset.eval, dict):
+        held_out = {name: filled[f"eval/{name}"] for name in dataset.eval}
+    return dataclasses.replace(dataset, train=train, eval=held_out)
 
 
 def _splits(dataset: TaskDataset) -> dict[str, Split]:
-    """{"train", or "train/TASK" of each of several, and "eval"}."""
-    assert isinstance(dataset.eval, Split)
-    if isinstance(dataset.train, Mixture):
-        return {f"train/{name}": split for name, split in dataset.train.splits.items()} | {"eval": dataset.eval}
-    return {"train": dataset.train, "eval": dataset.eval}
+    """{"train" and "eval", or "train/TASK" and "eval/TASK" of each of several}."""
+    found: dict[str, Split] = {}
+    for part, own in (("train", dataset.train), ("eval", dataset.eval)):
+        several = own.splits if isinstance(own, Mixture) else own
+        found |= {f"{part}/{name}": split for name, split in several.items()} if isinstance(several, dict) else {part: several}
+    return found
 
 
 def _places(splits: dict[str, Split], names: list[str]) -> list[tuple[str, str]]:
     """(split, task) of each split that has examples of the task."""
-    return [(split, name) for split in splits for name in names if split in ("train", "eval", f"train/{name}")]
+    return [(split, name) for split in splits for name in names if split.partition("/")[2] in ("", name)]
 
 
 def _own(config: Config, split: Split, name: str) -> np.ndarray:
@@ -86,8 +90,7 @@ def _own(config: Config, split: Split, name: str) -> np.ndarray:
 
 def _nats(config: Config, params: Any, split: Split, dataset: TaskDataset, mesh: Mesh, name: str) -> np.ndarray:
     """float32 [tokens with `read` 1 of the task], in their order: examples stand one after the other."""
-    which = "eval" if split is dataset.eval else "train"
-    examples = dataset.examples[which]
+    examples = dataset.examples[split.name]
     outputs = outputs_by_example(config, params, split, examples, mesh)
     parts = [outputs[number][:, 0] for number in sorted(outputs) if examples[number].task == name]
     return np.concatenate(parts).astype(np.float32)

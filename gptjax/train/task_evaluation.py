@@ -122,13 +122,15 @@ def evaluate_tasks(
     `loss` is the task's, of several the mean of theirs by `loss_weight`; sums are in float64, in the order of the records.
     Answers in writing are those to the same prompts whatever `max_batches`.
     """
-    assert isinstance(dataset.eval, Split)
     answers = answer(config, params, dataset.tokenizer, dataset.records["eval"], config.train.seed)
     written = figures_of(config, answers)
-    judged = judge(config, params, dataset.eval, dataset.examples["eval"], dataset.records["eval"], mesh, max_batches)
+    splits = dataset.eval if isinstance(dataset.eval, dict) else dict.fromkeys(tasks_of(config), dataset.eval)
+    judged: Examples = {}
     figures: dict[str, float | int] = {}
     nats = weight = 0.0
     for name, knobs in tasks_of(config).items():
+        own_split = judge(config, params, splits[name], dataset.examples["eval"], dataset.records["eval"], mesh, max_batches)
+        judged[name] = own_split[name]
         known = [one for one in judged[name] if one.weight]
         if not known:
             raise UserError(f"task.path: the evaluation split has no record of which is known what is right ({name}).")

@@ -93,6 +93,7 @@ def test_a_word_that_may_not_change_does_not_change_places():
     recipe = Recipe(("swap_words",))
     problem = Problem("cats the dogs bark", Goal(0), np.asarray([0.9, 0.1]), recipe, 0, {})
     assert [list(problem.candidates({}, index)) for index in problem.open] == [[], [{2: "bark", 3: "dogs"}], []]
+    assert list(problem.candidates({3: "brak"}, 2)) == []  # it has changed already
 
 
 def test_a_target_class():
