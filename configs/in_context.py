@@ -2,8 +2,8 @@
 
 Command:  python experiments/in_context/make.py --out=runs/in_context/data
           gptjax train --config=configs/in_context.py --workdir=runs/in_context/run
-Cost:     see experiments/in_context/README.md
-Expected: see experiments/in_context/README.md
+Cost:     2.5 minutes of CPU time.
+Expected: evaluation loss 0.980; with 8 examples every label right, without any a quarter (experiments/in_context/README.md).
 """
 
 from gptjax import config as schema
