@@ -31,6 +31,8 @@ from gptjax.train.optimizers import _muon_dimensions
 from gptjax.train.step import _dropout_keys, example_loss, init_params, summed_gradients
 from tests.small import random_batch, random_params, small, tree_close
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 # --- the formulas, in float64 ---------------------------------------------
 
 # Of norms n by name, attention A, MLP M (as they enter the sum) and the stream x.

@@ -28,6 +28,8 @@ from gptjax.train.objectives import causal
 from gptjax.train.step import example_loss, init_params
 from tests.small import GPT2, KINDS, LLAMA, NEOX, packed_row, random_batch, random_params, small, tree_close
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 # --- golden: float64 numpy ---------------------------------------------
 
 ERF = np.vectorize(math.erf)

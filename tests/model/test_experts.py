@@ -22,6 +22,8 @@ from gptjax.train.objectives import causal
 from gptjax.train.step import example_loss, summed_gradients
 from tests.small import random_batch, random_params, small, tree_close
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 ROWS, LENGTH = 3, 12
 
 

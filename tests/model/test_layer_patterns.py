@@ -21,6 +21,8 @@ from gptjax.train.step import example_loss
 from tests.model.test_decoder import ACTIVATION_64, norm_64, rotate_64
 from tests.small import LLAMA, random_batch, random_params, small, tree_close
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 GEMMA3 = LLAMA | {
     "model.num_layers": 5,
     "model.attention_window": 3,

@@ -18,6 +18,8 @@ from gptjax.parallel import hosts
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.watch import Judge, Watch
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 THREE = {"GPTJAX_COORDINATOR": "a:1", "GPTJAX_NUM_PROCESSES": "2", "GPTJAX_PROCESS_ID": "1"}
 
