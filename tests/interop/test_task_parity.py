@@ -90,6 +90,7 @@ def ours(kind: str, folder: Any, **changes: Any) -> config_lib.Config:
         "data.seq_len": T,
         "data.batch_size": 4,
         "data.packing": "padded",
+        "data.add_eos": "false",  # their class reads a text at the last token that is none of padding, by its id
         "optimizer.learning_rate": 1e-3,
         "optimizer.warmup_steps": 0,
         "optimizer.weight_decay": 0.0,

@@ -20,7 +20,13 @@ CASES: dict[str, dict[str, Any]] = {
     "regression": {"task.kind": "regression", "task.label": "length,sunny"},
     "tagging": {"task.kind": "tagging", "task.word_token": "all", "task.train_scheme": "IOBES"},
     "answers": {"task.kind": "answers", "task.format": "jsonl"},
-    "completion": {"task.kind": "completion", "task.prompt": "{text} ", "task.completion": "{label}", "data.add_eos": "true"},
+    "completion": {
+        "task.kind": "completion",
+        "task.prompt": "{text} ",
+        "task.completion": "{label}",
+        "data.seq_len": 48,
+        "model.max_seq_len": 48,
+    },
 }
 
 COMMON: dict[str, Any] = {
