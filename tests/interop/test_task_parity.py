@@ -175,7 +175,7 @@ def test_twenty_steps_of_fine_tuning_cost_the_same(kind, freeze, folder):
         _, loss = their_outputs(kind, model, batch)
         loss.backward()
         adamw.step()
-        losses.append((float(metrics["loss"]), float(loss)))
+        losses.append((float(metrics["loss"]), float(loss.detach())))
     found, wanted = np.asarray(losses).T
     np.testing.assert_allclose(found, wanted, atol=1e-3, rtol=0)
     assert np.abs(np.diff(wanted)).max() > 1e-2  # it moves
