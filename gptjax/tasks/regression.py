@@ -61,8 +61,6 @@ class Regression(AtTheEnd):
         names = knobs.labels or (
             tuple(fields) if len(fields) == count else tuple(f"{fields[0]}_{n}" for n in range(1, count + 1))
         )
-        if len(names) != count:
-            raise UserError(f"task.labels names {len(names)} numbers, and the training records have {count} in {knobs.label!r}.")
         return dataclasses.replace(knobs, labels=names)
 
     def check(self, knobs: TaskConfig, record: Values) -> str:
