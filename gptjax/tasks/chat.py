@@ -80,16 +80,23 @@ def template_of(knobs: TaskConfig, encoder: Encoder) -> Template:
 
 def load_template(knobs: TaskConfig, tokenizer: Any) -> Template:
     """The template that `knobs.chat_template` names. Raises `UserError`."""
+    source = template_source(knobs)
+    if source is None and "default" not in tokenizer.chat_templates():
+        raise UserError("the tokenizer has no chat template; set task.chat_template to plain, or to a Jinja file.")
+    if source in (None, PLAIN):
+        return ChatTemplate.of(tokenizer, source)
+    return ChatTemplate(source, tokenizer, f"the chat template {knobs.chat_template}")
+
+
+def template_source(knobs: TaskConfig) -> str | None:
+    """What `ChatTemplate.of` takes: the text of the file, PLAIN, or None for the tokenizer's own. Raises `UserError`."""
     name = knobs.chat_template
     if name in ("", PLAIN):
-        if not name and "default" not in tokenizer.chat_templates():
-            raise UserError("the tokenizer has no chat template; set task.chat_template to plain, or to a Jinja file.")
-        return ChatTemplate.of(tokenizer, name or None)
+        return name or None
     try:
-        source = pathlib.Path(name).read_text(encoding="utf-8")
+        return pathlib.Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"task.chat_template={name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    return ChatTemplate(source, tokenizer, f"the chat template {name}")
 
 
 def learnt(knobs: TaskConfig, template: Template, messages: Messages, encoder: Encoder, last: bool = False) -> Encoded:

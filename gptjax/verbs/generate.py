@@ -17,11 +17,12 @@ from gptjax.config.objective import parts as objective_parts
 from gptjax.config.objective import writing_refusal
 from gptjax.data.tokenizer_base import refuse_half_characters
 from gptjax.generate import settings as settings_lib
+from gptjax.generate.chat import PLAIN
 from gptjax.generate.infill import ORDERS, find_sentinels, infill_prompt
 from gptjax.generate.settings import GenerationConfig
 from gptjax.verbs.arguments import add_run, add_verb, count, positive, required, run_config
 from gptjax.verbs.output import log, print_json, write_text
-from gptjax.verbs.prompts import decoded, many_prompts, one_prompt
+from gptjax.verbs.prompts import decoded, in_template, many_prompts, one_prompt, template_of_run
 
 
 def add(verbs: Any) -> None:
@@ -33,7 +34,8 @@ def add(verbs: Any) -> None:
         """examples:
   gptjax generate --workdir=runs/shakespeare --prompt="ROMEO:" --max_new_tokens=200 --temperature=0.8 --num_return_sequences=3
   gptjax generate --workdir=runs/shakespeare --prompts=prompts.jsonl --output=answers.jsonl --batch_size=16
-  gptjax generate --workdir=Qwen2-0.5B-Instruct --chat""",
+  gptjax generate --workdir=Qwen2-0.5B-Instruct --chat
+  gptjax generate --workdir=runs/e2e --task --prompt='{"mr": "name[Alimentum], area[riverside]"}'""",
         uses_devices=True,
     )
     add_run(parser)
@@ -45,7 +47,16 @@ def add(verbs: Any) -> None:
     parser.add_argument("--stream", action="store_true", help="show text as it is drawn, also where that is not a terminal")
     parser.add_argument("--chat", action="store_true", help="a conversation, a line in and an answer out; /reset, /system, /exit")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told beforehand")
-    parser.add_argument("--chat_template", metavar="FILE", help="a Jinja file in place of the tokenizer's own template")
+    parser.add_argument(
+        "--chat_template", metavar="FILE", help="a Jinja file, or plain, in place of the run's or the tokenizer's"
+    )
+    parser.add_argument(
+        "--task",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="put prompts into the prompt template of the run's task: JSON objects of its fields, or the text of its only one",
+    )
     parser.add_argument("--seed", type=count, default=0, metavar="N", help="samples are a function of it")
     parser.add_argument("--weights", choices=("float32", "bfloat16", "int8"), help="how weights are stored (model.dtype)")
     parser.add_argument("--regex", metavar="EXPRESSION", help="every text matches the whole of it")
@@ -65,6 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = one_prompt(arguments) if lines is None and not arguments.chat else ""
     template = _template(arguments.chat_template)
     model = _load(arguments)
+    if template is None:
+        template = template_of_run(model.config)
+    if arguments.task is not None:
+        prompt = in_template(model.config, arguments.task, prompt) if lines is None else ""
+        lines = lines and [line.within(model.config, arguments.task) for line in lines]
     if settings.eos_token_id is None and model.eos_ids is not None:
         settings = settings.replace(eos_token_id=model.eos_ids)
     if arguments.chat:
@@ -85,6 +101,8 @@ def _check_belonging(arguments: argparse.Namespace) -> None:
         raise UserError(f"{' and '.join(given)} are both given; keep one.")
     if arguments.chat and (given or arguments.json):
         raise UserError(f"--chat reads from standard input and prints text; leave out {given[0] if given else '--json'}.")
+    if arguments.task is not None and arguments.chat:
+        raise UserError("--task puts a prompt into its template, and --chat has no prompt; leave one out.")
     if arguments.system is not None and not arguments.chat:
         raise UserError("--system belongs to --chat.")
     if arguments.prompts is not None:
@@ -97,8 +115,8 @@ def _check_belonging(arguments: argparse.Namespace) -> None:
 
 
 def _template(name: str | None) -> str | None:
-    if name is None:
-        return None
+    if name in (None, PLAIN):
+        return name
     path = pathlib.Path(name)
     try:
         return decoded(path.read_bytes(), f"--chat_template={path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptjax.config import UserError
+from gptjax.config import Config, UserError, tasks_of
 from gptjax.data.tokenizer_base import refuse_half_characters
 
 
@@ -22,6 +23,15 @@ class Line:
     id: Any  # the line's own, or its number
     prompt: Any = None  # a text, or the messages of a conversation
     error: str = ""  # why there is no prompt
+
+    def within(self, config: Config, task: str) -> Line:
+        """The line with its prompt put into the template of a task."""
+        if self.error or not isinstance(self.prompt, str):
+            return self
+        try:
+            return dataclasses.replace(self, prompt=in_template(config, task, self.prompt))
+        except UserError as error:
+            return dataclasses.replace(self, error=str(error))
 
 
 def one_prompt(arguments: argparse.Namespace) -> str:
@@ -49,6 +59,36 @@ def many_prompts(name: str) -> list[Line]:
     is_json = suffix in (".jsonl", ".json") or (suffix != ".txt" and bool(lines) and _is_object(lines[0]))
     shown = "standard input" if name == "-" else name
     return [_line(f"{shown}:{number}", number, line.removesuffix(b"\r"), is_json) for number, line in enumerate(lines, 1)]
+
+
+def in_template(config: Config, name: str, text: str) -> str:
+    """The prompt that a run's task makes of a JSON object of its fields, or of the text of its only field. `name` may be empty
+    where the run has one task that has a prompt. Raises `UserError`.
+    """
+    from gptjax.tasks.base import fields_of, filled
+
+    tasks = {task: knobs for task, knobs in tasks_of(config).items() if knobs.kind in ("completion", "preference")}
+    if name not in tasks and (name or len(tasks) != 1):
+        has = f"has {', '.join(tasks)}" if tasks else "has no task with a prompt template"
+        raise UserError(f"--task{f'={name}' if name else ''}: the run {has}; name one of its tasks by --task=NAME.")
+    template = tasks[name or next(iter(tasks))].prompt
+    fields = sorted(fields_of(template))
+    record = _object(text) if _is_object(text.encode()) else {fields[0]: text} if len(fields) == 1 else None
+    if record is None:
+        raise UserError(f"--task: the prompt must be a JSON object with {', '.join(fields) or 'no field'}, for {template!r}.")
+    if missing := [field for field in fields if field not in record]:
+        raise UserError(f"--task: the prompt has no field {missing[0]!r} for {template!r}.")
+    return filled(template, record)
+
+
+def template_of_run(config: Config) -> str | None:
+    """How the run's task writes conversations, as source for `ChatTemplate.of`; None: as the tokenizer does."""
+    from gptjax.tasks.chat import template_source
+
+    for knobs in tasks_of(config).values():
+        if knobs.kind == "chat" or (knobs.kind == "preference" and knobs.chat_template):
+            return template_source(knobs)
+    return None
 
 
 def decoded(content: bytes, what: str) -> str:

@@ -199,3 +199,77 @@ def test_a_begin_token_that_no_text_can_spell_is_put_in_front():
 def test_the_time_comes_from_the_clock(tokenizer):
     year = ChatTemplate("{{ strftime_now('%Y') }}", tokenizer).render(TALK)
     assert year.isdigit() and len(year) == 4
+
+
+# --- what the assistant wrote ------------------------------------------------------------------------------------------------
+
+MARKED = CHATML.replace(
+    "+ message['content'] + '<|im_end|>' + '\\n' }}",
+    "}}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}",
+)
+TURNS = [*TALK[:3], {"role": "user", "content": "and <|im_end|>?"}, {"role": "assistant", "content": " No.\n"}]
+
+
+def written(tokenizer: Any, turns: Any) -> list[str]:
+    numbers = [number for number in np.unique(turns.written) if number]
+    return [tokenizer.decode(turns.tokens[turns.written == number]) for number in numbers]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("template", [MARKED, LLAMA])
+def test_what_the_assistant_wrote_is_what_transformers_says(tmp_path, template):
+    import transformers
+
+    folder = folder_with(tmp_path / "model", template)
+    reference = transformers.AutoTokenizer.from_pretrained(str(folder))
+    plain = [
+        {**message, "content": message["content"].replace("<|im_end|>", "the end")} for message in TURNS
+    ]  # it reads specials
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    expected = reference.apply_chat_template(plain, **options)
+    ours = ChatTemplate.of(tokenizer_of_folder(folder)).encode_turns(plain)
+    assert ours.tokens.tolist() == expected["input_ids"]
+    assert (ours.written > 0).astype(int).tolist() == list(expected["assistant_masks"])
+    assert ours.written.max() == 2
+
+
+def test_answers_are_told_by_marks_or_by_what_they_add(tokenizer, tmp_path):
+    marked = ChatTemplate(MARKED, tokenizer).encode_turns(TURNS)
+    added = ChatTemplate.of(tokenizer).encode_turns(TURNS)
+    np.testing.assert_array_equal(marked.tokens, added.tokens)
+    end = tokenizer.token_id("<|im_end|>")
+    for number, said in ((1, "Yes."), (2, " No.\n")):
+        own = marked.tokens[marked.written == number]
+        assert own.tolist() == [*tokenizer.encode(said), end]
+        # The line's end behind it is the template's: without marks it counts as the answer's.
+        assert added.tokens[added.written == number].tolist() == [*own, *tokenizer.encode("\n\n")]
+    # A special token that somebody spells out stays text in both.
+    assert (added.tokens == end).sum() == len(TURNS)
+
+
+def test_the_tokens_before_an_answer_are_those_of_its_prompt(tokenizer):
+    for template in (ChatTemplate.of(tokenizer), ChatTemplate(MARKED, tokenizer), ChatTemplate.of(tokenizer, "plain")):
+        turns = template.encode_turns(TURNS)
+        prompt = template.encode(TURNS[:-1])
+        np.testing.assert_array_equal(turns.tokens[: len(prompt)], prompt)
+        assert np.flatnonzero(turns.written == 2)[0] == len(prompt)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    forgetful = CHATML.replace("{% for message in messages %}", "{% for message in messages[-2:] %}")
+    with pytest.raises(UserError, match=r"writes what was said up to message 2 otherwise when more follows.*generation"):
+        ChatTemplate(forgetful, tokenizer).encode_turns(TURNS)
+    with pytest.raises(UserError, match="refuses the conversation: Roles must alternate"):
+        ChatTemplate(LLAMA, tokenizer).encode_turns([TALK[2], TALK[1]])
+
+
+def test_the_plain_template_needs_no_package():
+    template, tokenizer = ChatTemplate.of(ByteTokenizer(), "plain"), ByteTokenizer()
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert template.render(talk) == "user: a\nassistant: b\nuser: c\nassistant:"
+    turns = template.encode_turns(talk[:2], add_bos=True)
+    assert turns.tokens.tolist() == [256, *b"user: a\nassistant: b", 256]
+    assert written(tokenizer, turns) == [" b"] and turns.written[-1] == 1
+    with pytest.raises(UserError, match="must be a text for the plain template"):
+        template.encode([{"role": "user", "content": [{"type": "text", "text": "a"}]}])

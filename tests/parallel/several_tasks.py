@@ -22,7 +22,7 @@ from gptjax.train.step import init_state, make_train_step
 from gptjax.train.task_evaluation import evaluate_tasks
 from tests.tasks.text_cases import several, write_records
 
-MESHES: dict[str, dict[str, int]] = {"one": {"data": 1}, "two": {"data": 2}, "eight": {"data": 2, "fsdp": 2, "tensor": 2}}
+MESHES: dict[str, dict[str, int]] = {"one": {"data": 1}, "eight": {"data": 2, "fsdp": 2, "tensor": 2}}
 
 
 def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:

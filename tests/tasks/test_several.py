@@ -1,8 +1,9 @@
-"""Several tasks in one run: its knobs, whose the rows are, what a row costs, and the promises of a run with all kinds of tasks."""
+"""Several tasks in one run: its knobs, whose the rows are, what a row costs, and the promises of a run of all kinds of tasks."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from gptjax import cli, generate
 from gptjax.config import UserError, tasks_of, with_tasks
 from gptjax.data.pipeline import Mixture, train_batches
 from gptjax.parallel.mesh import make_mesh
@@ -176,7 +178,7 @@ def test_the_figures_are_each_tasks_and_their_mean(undisturbed):
     assert all(f"tasks/{name}/{key}" in row for name in NAMES for key in ("nll", "weight"))
     assert set(result["mixture"]) == set(NAMES)
     labels = tasks_of(load_run(workdir, lambda line: None).config)["label"].labels
-    assert labels == tuple(sorted(labels)) and len(labels) > 2
+    assert labels == ("down", "up")
 
 
 def test_the_first_loss_of_a_preference_is_that_of_the_initial_model(undisturbed):
@@ -230,8 +232,27 @@ def test_packing_leaves_every_records_loss(folder, undisturbed):
 
 def test_a_mesh_changes_nothing():
     meshes = run_module("several_tasks")
-    one = meshes["one"]
-    for mesh in ("two", "eight"):
-        np.testing.assert_allclose(meshes[mesh]["loss"], one["loss"], rtol=2e-5)
-        np.testing.assert_allclose(meshes[mesh]["eval"], one["eval"], rtol=2e-5, atol=1e-6)
-    assert json.dumps(one)  # it holds numbers alone
+    np.testing.assert_allclose(meshes["eight"]["loss"], meshes["one"]["loss"], rtol=2e-5)
+    np.testing.assert_allclose(meshes["eight"]["eval"], meshes["one"]["eval"], rtol=2e-5, atol=1e-6)
+
+
+def test_a_run_is_written_with_by_its_templates(folder, undisturbed, capsys, monkeypatch, tmp_path):
+    workdir = undisturbed[0]
+
+    def say(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = cli.main(["generate", f"--workdir={workdir}", "--max_new_tokens=3", *words])
+        return status, *capsys.readouterr()
+
+    status, out, _ = say("--task=write", "--prompt=red sun:", "--json")
+    assert status == 0 and json.loads(out)["samples"][0]["prompt"] == "red sun:"
+    status, out, _ = say("--task=prefer", '--prompt={"prompt": "a {b}"}', "--json")
+    assert status == 0 and json.loads(out)["samples"][0]["prompt"] == "a {b}"
+    assert "the run has write, prefer; name one of its tasks by --task=NAME" in say("--task", "--prompt=a")[2]
+    assert "the prompt has no field 'prompt' for '{prompt}'" in say("--task=write", '--prompt={"a": 1}')[2]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    status, out, err = say("--chat", "--temperature=0")
+    assert status == 0 and "gptjax:" not in err
+    model = load_run(workdir, lambda line: None)
+    answer = generate(model, "user: hello\nassistant:", max_new_tokens=3, temperature=0)[0]
+    assert out == answer.text + "\n"

@@ -36,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_records(folder: pathlib.Path, count: int = 16) -> None:
+def write_records(folder: pathlib.Path, count: int = 20) -> None:
     """FOLDER/records.jsonl with what every kind reads; the same at every call."""
     rng = random.Random(0)
     lines = []
@@ -50,7 +50,7 @@ def write_records(folder: pathlib.Path, count: int = 16) -> None:
             "rejected": f" {c} {b}",
             "messages": [*messages, {"role": "assistant", "content": a}],
             "text": f"{a} {b}",
-            "label": a[0],
+            "label": "up" if a < b else "down",
         }
         lines.append(json.dumps(record, ensure_ascii=False))
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
