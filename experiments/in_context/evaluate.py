@@ -1,6 +1,6 @@
 """Accuracy over the number of examples in the context: the label that the model finds most likely, of all labels.
 
-    python experiments/in_context/evaluate.py runs/in_context/run --data=runs/in_context/data
+python experiments/in_context/evaluate.py runs/in_context/run --data=runs/in_context/data
 """
 
 from __future__ import annotations
