@@ -117,8 +117,9 @@ def tagged(record: Record) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def write_lines(path: pathlib.Path, lines: Iterable[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    print(f"{path}: {sum(1 for _ in open(path, encoding='utf-8')):,} lines")
+    kept = list(lines)
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    print(f"{path}: {len(kept):,} records")
 
 
 def divided(records: Iterable[tuple[bool, Record]]) -> dict[str, list[Record]]:
