@@ -2,8 +2,8 @@
 
     python experiments/fine_tuning/prepare.py --data=DIR --out=runs/fine_tuning/data
 
-DIR holds sms_spam, movie_reviews, csl, xquad, e2e_nlg and dialogue (README.md says where they are from). What is tested on is in no
-training file and not in the text of pre-training: records are divided by a hash of what belongs together (a message, a review, an
+DIR holds sms_spam, movie_reviews, csl, xquad, e2e_nlg and dialogue (README.md says where they are from). What is tested on is in
+no training file and not in the text of pre-training: records are divided by a hash of what belongs together (a message, a review, an
 article, a meaning), so that equal ones are on one side.
 """
 
@@ -88,8 +88,8 @@ def conversations(data: pathlib.Path, language: str = "english") -> Iterator[tup
                 turns.append(goes_on[1])
             elif turns and line.startswith("    "):
                 turns[-1] += " " + line.strip()
-        for turns in [*found[1:], turns]:
-            texts = [text.strip().strip("'\"").strip() for text in turns]
+        for conversation in [*found[1:], turns]:
+            texts = [text.strip().strip("'\"").strip() for text in conversation]
             if len(texts) > 1 and all(texts):
                 roles = ("user", "assistant")
                 messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]

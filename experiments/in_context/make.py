@@ -6,8 +6,8 @@ The letters a to h are of four kinds, fixed for good: ae, bf, cg, dh. An episode
 0, 1, 2, 3 each kind has, one each (24 ways), and is a line of pairs of a letter and its label: "c3a0g3...". Whoever has seen a
 kind's label once knows it; before, nothing tells it. Which letters are of one kind stands nowhere: it is learnt in training.
 
-Writes train.jsonl (an episode a line) and test_K.jsonl for K = 0, 1, 2, 4, 8: {"prompt", "completion"}, each kind standing among the
-K examples as often as the others, as far as K allows: for K = 8 twice.
+Writes train.jsonl (an episode a line) and test_K.jsonl for K = 0, 1, 2, 4, 8: {"prompt", "completion"}, each kind among the K
+examples as often as the others, as far as K allows: for K = 8 twice.
 """
 
 from __future__ import annotations
