@@ -26,7 +26,7 @@ from gptjax.train.optimizers import OPTIMIZERS, Lengths
 from gptjax.train.run import named_leaves
 from gptjax.train.step import abstract_state, init_state, make_train_step, summed_gradients
 from tests.adapters.cases import CASES, MERGED, case, drawn, effective, example_of, hidden, nested
-from tests.small import random_batch, random_params, small, tree_close, tree_equal
+from tests.small import GPT2, LLAMA, random_batch, random_params, small, tree_close, tree_equal
 
 PLAIN = AdapterConfig()
 
@@ -190,3 +190,17 @@ def test_every_update_rule_takes_adapters(rule: str) -> None:
     held = [name for name in named_leaves(state.opt_state) if "layers/" in name or "embed" in name]
     assert held or rule == "sgd"
     assert all("adapters/layers/" in name for name in held)
+
+
+def test_counts_of_models_that_everybody_knows() -> None:
+    """What PEFT prints for GPT-2 with its default module c_attn, and for a Llama of 7B with q_proj and v_proj, at rank 8."""
+    lora = {"adapter.method": "lora", "adapter.rank": 8}
+    gpt2 = {"model.num_layers": 12, "model.model_dim": 768, "model.num_heads": 12, "model.vocab_size": 50257}
+    fused = {"model.max_seq_len": 1024, "adapter.targets": ("query", "key", "value"), "adapter.shared_input": True}
+    llama = {"model.num_layers": 32, "model.model_dim": 4096, "model.num_heads": 32, "model.num_kv_heads": 32}
+    llama |= {"model.mlp_dim": 11008, "model.vocab_size": 32000}
+    cases = {(294_912, 124_734_720): (GPT2, gpt2, fused), (4_194_304, 6_742_609_920): (LLAMA, llama)}
+    for expected, knobs in cases.items():
+        config = small(lora, *knobs)
+        params = abstract_state(config, Lengths.of(config, 1.0), make_mesh(config.mesh)).params
+        assert trained_count(config, params) == expected
