@@ -99,7 +99,8 @@ def scale_by_soap(
         structure: Any = tree
         columns = [structure.flatten_up_to(tree) for tree in state[1:]]
         rows = [one(path, gradient, *parts) for (path, gradient), *parts in zip(leaves, *columns, strict=True)]
-        direction, *trees = (structure.unflatten(column) for column in zip(*rows, strict=True))
+        found = zip(*rows, strict=True) if rows else [()] * len(state)  # where no matrix is trained
+        direction, *trees = (structure.unflatten(column) for column in found)
         return direction, SoapState(count + 1, *trees)
 
     return optax.GradientTransformation(init, update)
