@@ -191,7 +191,8 @@ def test_the_loss_of_a_batch_is_that_of_its_examples_alone(folder, kind, knobs, 
     params = random_params(config)
     batch = dict(next(eval_batches(config, data.eval, 12)))
     rng = np.random.default_rng(0)
-    reference = rng.uniform(1, 6, len(data.eval.tokens)).astype(np.float32)
+    reference = rng.uniform(1, 6, 5000).astype(np.float32)  # 50 of each example
+    assert (packing == "packed") == (len(data.eval.rows) < len(data.examples["eval"]))  # some rows hold several
     if kind == "preference":
         reads = batch["read"] > 0
         batch["task/reference"] = np.zeros(batch["read"].shape, np.float32)
