@@ -154,7 +154,7 @@ def forward(config: Any) -> Any:
 
 def nats_alone(config: Any, params: Any, tokens: np.ndarray) -> np.ndarray:
     """float64 [n] of each token, the first 0, of a sequence that stands alone; logits by the decoder, all else here."""
-    padded = np.zeros((1, 96), np.int32)
+    padded = np.zeros((1, 128), np.int32)
     padded[0, : len(tokens)] = tokens
     logits = np.asarray(forward(config.model)(params, padded), np.float64)[0, : len(tokens)]
     log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
