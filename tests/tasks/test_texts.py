@@ -154,7 +154,7 @@ def forward(config: Any) -> Any:
 
 def nats_alone(config: Any, params: Any, tokens: np.ndarray) -> np.ndarray:
     """float64 [n] of each token, the first 0, of a sequence that stands alone; logits by the decoder, all else here."""
-    padded = np.zeros((1, 96), np.int32)
+    padded = np.zeros((1, 128), np.int32)
     padded[0, : len(tokens)] = tokens
     logits = np.asarray(forward(config.model)(params, padded), np.float64)[0, : len(tokens)]
     log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
@@ -191,7 +191,8 @@ def test_the_loss_of_a_batch_is_that_of_its_examples_alone(folder, kind, knobs, 
     params = random_params(config)
     batch = dict(next(eval_batches(config, data.eval, 12)))
     rng = np.random.default_rng(0)
-    reference = rng.uniform(1, 6, len(data.eval.tokens)).astype(np.float32)
+    reference = rng.uniform(1, 6, 5000).astype(np.float32)  # 50 of each example
+    assert (packing == "packed") == (len(data.eval.rows) < len(data.examples["eval"]))  # some rows hold several
     if kind == "preference":
         reads = batch["read"] > 0
         batch["task/reference"] = np.zeros(batch["read"].shape, np.float32)

@@ -91,8 +91,8 @@ def test_answers_are_measured_against_all_their_references():
     streams = [[references[0][0], references[1][0]], [references[0][1], None]]
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(texts, streams).score)
     assert found["chrf2"] == pytest.approx(sacrebleu.corpus_chrf(texts, streams).score)
-    assert found["ended"] == 0.5 and found["written"] == 2 and found["exact_match"] == 0.0
-    assert found["f1"] == pytest.approx(100 * (8 / 9 + 1 / 2) / 2)  # articles do not count
+    assert found["ended"] == 0.5 and found["written"] == 2 and found["exact_match"] == 50.0  # articles do not count
+    assert found["f1"] == pytest.approx(100 * (1 + 1 / 2) / 2)
     assert found["distinct_1"] == 8 / 9 and found["distinct_2"] == 1.0
 
 

@@ -15,8 +15,8 @@ _WORDS = ["red", "blue", "green", "Zürich", "sun", "stone"]
 SIZES: dict[str, Any] = {
     "model.vocab_size": 257,
     "model.num_layers": 1,
-    "model.max_seq_len": 96,
-    "data.seq_len": 96,
+    "model.max_seq_len": 128,
+    "data.seq_len": 128,
     "data.batch_size": 4,
     "data.eval_fraction": 0.3,
     "optimizer.learning_rate": 0.01,
