@@ -17,14 +17,26 @@ from gptjax.train.step import init_params
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 ARGUMENTS = {
+    "fine_tune.py": ["", "sms_spam", "movie_reviews", "subjectivity", "csl", "slots", "xquad_en", "xquad_zh", "e2e", "dialogue"],
     "gpt2_124m.py": ["", "small", "medium", "large", "xl"],
     "gpt3_175b.py": [""],
+    "in_context.py": [""],
     "llama_7b.py": [""],
     "llama_small.py": [""],
     "shakespeare_char.py": ["", "cpu", "gpu", "best"],
+    "small_gpt.py": [""],
     "stdlib_tiny.py": [""],
 }
 CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
+
+
+@pytest.fixture(autouse=True)
+def run_to_start_from(tmp_path, monkeypatch):
+    """The folder that recipes of tasks take their model from, by the name that they have for it."""
+    (tmp_path / "runs" / "small_gpt").mkdir(parents=True)
+    config = load("small_gpt.py").with_vocab_size(8000)
+    (tmp_path / "runs" / "small_gpt" / "config.json").write_text(config_lib.to_json(config))
+    monkeypatch.chdir(tmp_path)
 
 
 def load(name: str, argument: str = "", *overrides: str) -> config_lib.Config:
@@ -42,7 +54,8 @@ def test_no_recipe_is_left_out():
 
 @pytest.mark.parametrize(("name", "argument"), CASES)
 def test_recipe_loads_and_builds_its_shapes(name, argument):
-    assert count(load(name, argument).with_vocab_size(65)) > 0
+    config = load(name, argument)
+    assert count(config if config.model.vocab_size else config.with_vocab_size(65)) > 0
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -85,7 +98,7 @@ def test_best_keeps_the_tokens_and_parameters_of_cpu():
     assert best.train.duration_steps * best.tokens_per_step <= cpu.train.duration_steps * cpu.tokens_per_step
 
 
-@pytest.mark.parametrize("name", ["gpt2_124m.py", "shakespeare_char.py"])
+@pytest.mark.parametrize("name", ["fine_tune.py", "gpt2_124m.py", "shakespeare_char.py"])
 def test_unknown_argument_is_named(name):
     with pytest.raises(UserError, match="'nonsense'; it has"):
         load(name, "nonsense")

@@ -3,8 +3,8 @@
     python experiments/fine_tuning/prepare.py --data=DIR --out=runs/fine_tuning/data
 
 DIR holds sms_spam, movie_reviews, csl, xquad, e2e_nlg and dialogue (README.md says where they are from). What is tested on is in
-no training file and not in the text of pre-training: records are divided by a hash of what belongs together (a message, a review, an
-article, a meaning), so that equal ones are on one side.
+no training file and not in the text of pre-training: records are divided by a hash of what belongs together (a message, a review,
+an article, a meaning), so that equal ones are on one side.
 """
 
 from __future__ import annotations

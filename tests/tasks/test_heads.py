@@ -279,7 +279,7 @@ def quiet(line: str) -> None: ...
         ("classification", {"task__labels": "cat,none,cat"}, "task.labels has 'cat' twice"),
         ("classification", {"task__text": "{text} {title}"}, "has no field 'title'"),
         ("multilabel", {"task__labels": "cat"}, "which is none of cat"),
-        ("multilabel", {"task__separator": ""}, "needs a task.separator"),
+        ("multilabel", {"task__separator": ""}, "needs task.separator"),
         ("regression", {"task__label": "text"}, "where a number should be"),
         ("regression", {"task__labels": "a"}, "has 2 numbers in 'length,sunny', where 1 should be"),
         ("tagging", {"task__scheme": "IOB1"}, "where IOB1 would have 'I-"),
