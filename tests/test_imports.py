@@ -183,9 +183,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "gptjax.harness": (
         "gptjax.config",
+        "gptjax.data.records",
         "gptjax.data.sources",
         "gptjax.generate",
         "gptjax.harness",
+        "gptjax.measures.bootstrap",
         "gptjax.model",
         "gptjax.parallel",
         "gptjax.train.loss",

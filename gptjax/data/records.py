@@ -88,6 +88,7 @@ def read_records(
     tfds_split: str = "train",
     check: Callable[[dict[str, Any]], str | None] | None = None,
     key: str = "paths",
+    limit_key: str = "max_bad",
     log: Callable[[str], None] | None = None,
 ) -> Records:
     """Reads every record of the files that comma-separated paths and globs stand for.
@@ -105,7 +106,8 @@ def read_records(
                as str, arrays as lists, class labels by their names (None for -1, TFDS's mark of an unlabelled example)
     required: fields that a record must have, and not as null.
     check: says what is wrong with a record's values, to go on from its place ("has no ..."), or None.
-    max_bad: how many bad rows may be skipped, over all files. key: what the paths are called in messages. log: gets one line.
+    max_bad: how many bad rows may be skipped, over all files. log: gets one line. key, limit_key: what the paths and `max_bad` are
+    called in messages ("": a person cannot set it).
 
     Raises `UserError` for files that are missing, empty or unreadable, for a header without the required columns, and for one
     more bad row than `max_bad`, naming the first one's file and line.
@@ -126,7 +128,7 @@ def read_records(
         elif not isinstance(row, str):
             records.append(Record(row, file, line))
         if len(bad) > max_bad:
-            raise UserError(_too_many(bad, max_bad))
+            raise UserError(_too_many(bad, max_bad, limit_key))
     if not records:
         raise UserError(f"{key}: {paths} holds no record{f': {bad[0]}' if bad else ''}.")
     found = Records(records, bad)
@@ -180,7 +182,7 @@ def _rows(count: int) -> str:
     return f"{count} bad row{'s' * (count != 1)}"
 
 
-def _too_many(bad: Sequence[BadRow], max_bad: int) -> str:
+def _too_many(bad: Sequence[BadRow], max_bad: int, key: str) -> str:
     if max_bad == 0:
-        return f"{bad[0]}; max_bad=0 lets no bad row pass."
-    return f"more than max_bad={max_bad} bad row{'s' * (max_bad != 1)}, of which the first: {bad[0]}."
+        return f"{bad[0]}; {key}=0 lets no bad row pass." if key else f"{bad[0]}."
+    return f"more than {key}={max_bad} bad row{'s' * (max_bad != 1)}, of which the first: {bad[0]}."

@@ -10,9 +10,7 @@ An experiment is a JSON file, the fields of `FewShot`:
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import pathlib
 import re
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import UserError
+from gptjax.data.records import read_records
 from gptjax.harness.intervals import CONFIDENCE, RESAMPLES, aligned
 from gptjax.harness.likelihood import Likelihood, Scored
 
@@ -129,30 +128,6 @@ def _fits(declared: str, value: Any) -> bool:
     return kinds[declared](value)
 
 
-def read_records(path: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The records of a .jsonl, .csv or .tsv file; `columns` where the first line is a record. Raises `UserError`."""
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    if path.endswith((".csv", ".tsv")):
-        options: dict[str, Any] = (
-            {"dialect": "excel"} if path.endswith(".csv") else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        )
-        reader = csv.DictReader(io.StringIO(text, newline=""), fieldnames=list(columns) or None, **options)
-        return [dict(row) for row in reader]
-    records = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path}, line {number} is not valid JSON: {error}.") from None
-            if not isinstance(records[-1], dict):
-                raise UserError(f"{path}, line {number} is no object.")
-    return records
-
-
 # --- scores -------------------------------------------------------------------------------------------------------------------
 
 # How the log-probability of a word of so many tokens and UTF-8 bytes becomes its score.
@@ -209,16 +184,15 @@ def load(experiment: FewShot) -> tuple[list[tuple[int, Any]], list[Any], bool]:
     lacks a field or whose label has no word, and for a pool that is too small.
     """
     needed, words = [*experiment.fields, experiment.label], experiment.words()
+
+    def fault(values: dict[str, Any]) -> str:
+        label = values[experiment.label]
+        return "" if str(label) in words else f"has the label {label!r}, which has no word in verbalizer"
+
     loaded = {}
     for path in dict.fromkeys((experiment.data, experiment.pool or experiment.data)):
-        loaded[path] = read_records(path, experiment.columns)
-        if not loaded[path]:
-            raise UserError(f"{path} holds no record.")
-        for number, record in enumerate(loaded[path], 1):
-            if absent := [name for name in needed if record.get(name) is None]:
-                raise UserError(f"{path}, record {number} has no field {absent[0]}.")
-            if str(record[experiment.label]) not in words:
-                raise UserError(f"{path}, record {number}: the label {record[experiment.label]!r} has no word in verbalizer.")
+        found = read_records(path, columns=experiment.columns, required=needed, check=fault, key="few_shot", limit_key="")
+        loaded[path] = [record.values for record in found]
     records, pool = list(enumerate(loaded[experiment.data])), loaded[experiment.pool or experiment.data]
     if experiment.limit and experiment.limit < len(records):
         picked = np.random.default_rng(0).permutation(len(records))[: experiment.limit]

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gptjax.measures.bootstrap import draw_counts
+
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-_CELLS = 4_000_000  # draws held at once: 32 MB
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,7 @@ def score_of(group: str, metric: str, rows: np.ndarray, of: Callable[[np.ndarray
     n = len(rows)
     if n == 0:
         raise ValueError(f"{group} has no examples.")
-    rng = np.random.default_rng(seed)
-    block = max(1, _CELLS // n)
-    scores = []
-    for start in range(0, RESAMPLES, block):
-        count = min(block, RESAMPLES - start)
-        picks = rng.integers(0, n, (count, n)) + n * np.arange(count)[:, None]
-        counts = np.bincount(picks.ravel(), minlength=count * n).reshape(count, n)
-        scores.append(of(counts @ rows, n))
+    scores = [of(counts @ rows, n) for counts in draw_counts(n, RESAMPLES, seed)]
     low, high = np.quantile(np.concatenate(scores), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Score(group, metric, float(of(rows.sum(axis=0), n)), float(low), float(high), n)
 

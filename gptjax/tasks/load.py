@@ -135,6 +135,7 @@ def read(
         path,
         format or knobs.format,
         max_bad=knobs.max_bad_rows,
+        limit_key="task.max_bad_rows",
         columns=knobs.columns,
         required=sorted(required),
         check=functools.partial(TASKS[knobs.kind].check, knobs),

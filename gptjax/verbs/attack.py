@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         required(arguments, "data"),
         arguments.format,
         max_bad=arguments.max_bad,
+        limit_key="--max_bad",
         required=(arguments.text_field, arguments.label_field),
         columns=tuple(filter(None, arguments.columns.split(","))),
         key="--data",

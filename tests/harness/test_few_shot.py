@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from gptjax.config import UserError
+from gptjax.data.records import read_records
 from gptjax.harness import few_shot
-from gptjax.harness.few_shot import FewShot, draw, examples_for, label_scores, read_experiment, read_records, run
+from gptjax.harness.few_shot import FewShot, draw, examples_for, label_scores, load, read_experiment, run
 from gptjax.harness.likelihood import Likelihood
 from tests.harness.small_models import tiny_model
 
@@ -57,7 +58,7 @@ def test_the_table_is_what_single_likelihoods_give(like: Likelihood, experiment:
     cells, majority = run(like, experiment)
     assert majority == pytest.approx(6 / 9)
     assert [(cell.shots, cell.calibration) for cell in cells] == [(k, how) for k in (0, 2) for how in experiment.calibration]
-    records = read_records(experiment.data)
+    records = [record.values for record in read_records(experiment.data)]
     truth = np.array([0 if record["label"] == 1 else 1 for record in records])
     for cell in cells:
         for seed, correct in zip(experiment.seeds, cell.correct, strict=False):
@@ -86,7 +87,7 @@ def test_scores_are_of_the_word_a_token_or_a_byte(like: Likelihood, experiment: 
 
 
 def test_examples_are_a_function_of_the_seed_and_never_the_tested_record(experiment: FewShot):
-    records = read_records(experiment.data)
+    records = [record.values for record in read_records(experiment.data)]
     seen = set()
     for seed in range(5):
         order = draw(experiment, records, seed)
@@ -121,9 +122,12 @@ def test_limit_draws_the_same_records_for_all(like: Likelihood, experiment: FewS
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.tsv", '1\tsay "so"\n'), ("a.csv", '1,"say ""so"""\n'), ("a.jsonl", "")])
-def test_records_are_read_from_each_format(tmp_path: pathlib.Path, name: str, text: str):
+def test_records_are_read_from_each_format(experiment: FewShot, tmp_path: pathlib.Path, name: str, text: str):
     (tmp_path / name).write_text(text or json.dumps({"label": "1", "text": 'say "so"'}))
-    assert read_records(str(tmp_path / name), ("label", "text")) == [{"label": "1", "text": 'say "so"'}]
+    changed = dataclasses.replace(
+        experiment, data=str(tmp_path / name), pool="", columns=("label", "text") if text else (), shots=(0,)
+    )
+    assert [values for _, values in load(changed)[0]] == [{"label": "1", "text": 'say "so"'}]
 
 
 @pytest.mark.parametrize(
@@ -137,9 +141,9 @@ def test_records_are_read_from_each_format(tmp_path: pathlib.Path, name: str, te
         ({"calibration": ["wrong"]}, "calibration=wrong is none of none, contextual, pmi"),
         ({"shots": 4}, r"asked\.json: shots=4 must be tuple\[int, \.\.\.\]"),
         ({"shot": [4]}, r"asked\.json: shot is none of"),
-        ({"data": "none.jsonl"}, r"none\.jsonl cannot be read"),
-        ({"template": "{txt} {label}"}, "record 1 has no field txt"),
-        ({"verbalizer": {"1": "yes", "2": "no"}}, "record 2: the label 0 has no word in verbalizer"),
+        ({"data": "none.jsonl"}, r"none\.jsonl"),
+        ({"template": "{txt} {label}"}, "line 1 has no field .txt"),
+        ({"verbalizer": {"1": "yes", "2": "no"}}, "line 2 has the label 0, which has no word in verbalizer"),
         ({"shots": [9]}, "shots=9 needs a pool of at least one record more, but there are 9"),
     ],
 )
