@@ -255,8 +255,12 @@ def test_the_best_part_of_all_windows_within_its_limit():
     assert said(backwards, max_answer=2) in ("ab", "ef")
     none = outputs_of({0: 6, 2: 3}, {0: 6, 2: 3}, spans)
     assert said(none) == "" and said(none, unanswerable="no") == "cd" and said(none, null_threshold=6.5) == "cd"
-    assert said(none, first) == "cd"  # the first tokens of the other window say that there is something in it
+    assert (
+        said(none, first) == said(first, none) == "cd"
+    )  # the first tokens of the other window say that there is something in it
     assert said(outputs_of({}, {}, [(0, 0)])) == ""  # a context of white space
+    character = outputs_of({2: 9}, {1: 9}, [(0, 1), (0, 1)])  # of two tokens
+    assert TASKS["answers"].judged(KNOBS["answers"], record, [character]).more["score"] == 9
 
 
 # --- what is refused ---
