@@ -45,6 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.train.run": ("gptjax.config",),
     "gptjax.train.checkpoints": ("gptjax.config", "gptjax.train.manifest", "gptjax.train.run"),
     "gptjax.tasks": (
+        "gptjax.attacks",
         "gptjax.config",
         "gptjax.data",
         "gptjax.generate.chat",

@@ -33,6 +33,11 @@ def adversarial(
     return changed if changed.strip() else text
 
 
+def copied(count: int, seed: int, share: float) -> list[int]:
+    """Which of `count` examples get a perturbed copy: a `share` of them drawn by `seed`, in their order."""
+    return sorted(rng_of(seed, "copies").sample(range(count), round(share * count)))
+
+
 def augmented(
     texts: Sequence[str],
     labels: Sequence[Label],
@@ -48,6 +53,6 @@ def augmented(
     """
     if not 0 < share <= 1 or len(texts) != len(labels):
         raise ValueError(f"needs a share above 0 and at most 1, not {share}, and a label of each of {len(texts)} texts.")
-    picks = sorted(rng_of(seed, "copies").sample(range(len(texts)), round(share * len(texts))))
+    picks = copied(len(texts), seed, share)
     copies = [adversarial(texts[i], seed, i, perturbation, words, lexicon) for i in picks]
     return [*texts, *copies], [*labels, *(labels[i] for i in picks)]

@@ -14,6 +14,7 @@ from gptjax.config.mixture import Knots
 if TYPE_CHECKING:
     from gptjax.config.schema import Config
 
+OF_TEXTS = ("classification", "multilabel", "regression")  # kinds that say something of a text as a whole
 WRITING = ("completion", "chat")  # kinds whose answers are texts
 HEADED = ("classification", "multilabel", "regression", "tagging", "answers")  # kinds whose answer is read off a head
 SINGLE = "task"  # the name of a run's only task
@@ -49,6 +50,11 @@ class TaskConfig:
         "How the files are read; auto: by their names.",
         choices=("auto", "jsonl", "csv", "tsv", "conll", "squad", "tfds", "folders"),
     )
+    tfds_name: str = knob("", "format=tfds: the data set's name; `path` is then its data_dir.")
+    train_split: str = knob("train", "format=tfds: the split to train on.")
+    eval_split: str = knob("", "format=tfds: the split to evaluate on; empty: data.eval_fraction of train_split.")
+    word_column: int = knob(0, "format=conll: the column of the words, from 0; from the end below 0.")
+    tag_column: int = knob(-1, "format=conll: the column of the tags.")
     columns: tuple[str, ...] = knob((), "csv, tsv: names of the columns; empty: the first row has them.")
     max_bad_rows: int = knob(0, "Rows that cannot be read and are skipped, each named, before it is an error.", at_least=0)
     text: str = knob("{text}", "Of a text as a whole: the text to read, with {FIELD} for what a record has in its field.")
@@ -62,6 +68,13 @@ class TaskConfig:
     )
     separator: str = knob(",", "multilabel, regression: what stands between labels or numbers in a text; a list needs none.")
     threshold: float = knob(0.5, "multilabel: the probability from which on a label is given.", above=0, below=1)
+    augment: str = knob(
+        "",
+        "Of a text as a whole: what copies of training texts are changed by, such as typo, to be trained on beside them; any of "
+        "`gptjax attack`'s perturbations that needs no file.",
+    )
+    augment_share: float = knob(1.0, "augment: copies, as a share of the training records.", above=0, at_most=1)
+    augment_words: float = knob(0.1, "augment: share of a copy's words that are changed.", above=0, at_most=1)
     words: str = knob("words", "tagging: the field of the list of words.")
     tags: str = knob("tags", "tagging: the field of the list of their tags.")
     join: str = knob(" ", "tagging: what stands between words; empty: nothing, as in Chinese.")
@@ -225,6 +238,10 @@ def check(config: Config) -> None:
 
 def _check_task(config: Config, name: str, task: TaskConfig) -> None:
     """`name` begins the name of a knob in a message."""
+    if task.augment and task.kind not in OF_TEXTS:
+        raise UserError(f"{name}.augment={task.augment} changes texts as a whole, which {task.kind} does not read; leave it out.")
+    if task.format == "tfds" and not task.tfds_name:
+        raise UserError(f"{name}.format=tfds needs {name}.tfds_name, the data set's name.")
     if not task.path:
         raise UserError(f"{name}.kind={task.kind} needs {name}.path, a file or a glob.")
     if task.kind == "multilabel" and not task.separator:

@@ -106,8 +106,8 @@ def read_records(
                as str, arrays as lists, class labels by their names (None for -1, TFDS's mark of an unlabelled example)
     required: fields that a record must have, and not as null.
     check: says what is wrong with a record's values, to go on from its place ("has no ..."), or None.
-    max_bad: how many bad rows may be skipped, over all files. log: gets one line. key, limit_key: what messages call the paths and
-    `max_bad` ("": a person cannot set it).
+    max_bad: how many bad rows may be skipped, over all files. log: gets one line. key, limit_key: what messages call the paths
+    and `max_bad` ("": a person cannot set it).
 
     Raises `UserError` for files that are missing, empty or unreadable, for a header without the required columns, and for one
     more bad row than `max_bad`, naming the first one's file and line.

@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax.attacks.augment import adversarial, copied
+from gptjax.attacks.perturbations import PERTURBATIONS
 from gptjax.config import Config, TaskConfig, UserError, tasks_of, with_tasks
 from gptjax.data.packing import pack
 from gptjax.data.pipeline import Dataset, Mixture, Split, mixture_of
 from gptjax.data.records import Record, read_records
+from gptjax.data.sources import nearest
 from gptjax.data.tokenizers import Tokenizer, make_tokenizer, trained_tokenizer
 from gptjax.tasks.base import Encoded, Encoder
 from gptjax.tasks.table import TASKS
@@ -106,13 +109,24 @@ def _tokenizer(config: Config) -> Tokenizer:
 
 
 def _read(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> dict[str, list[Record]]:
+    parts = _divided(config, knobs, log)
+    if knobs.augment:
+        copies = _augmented(config, knobs, parts["train"])
+        log(f"data: {len(copies):,} copies of training records, changed by {knobs.augment}.")
+        parts["train"] = [*parts["train"], *copies]
+    return parts
+
+
+def _divided(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> dict[str, list[Record]]:
     required = TASKS[knobs.kind].needs(knobs)
 
-    def of(path: str, key: str = "task.path") -> list[Record]:
-        return read(knobs, path, key, required, log)
+    def of(path: str, key: str = "task.path", split: str = knobs.train_split) -> list[Record]:
+        return read(knobs, path, key, required, log, split=split)
 
     if knobs.eval_path:
         return {"train": of(knobs.path), "eval": of(knobs.eval_path, "task.eval_path")}
+    if knobs.format == "tfds" and knobs.eval_split:
+        return {"train": of(knobs.path), "eval": of(knobs.path, split=knobs.eval_split)}
     every = of(knobs.path)
     held_out = [_is_held_out(record, config.data.eval_fraction) for record in every]
     parts = {
@@ -127,16 +141,47 @@ def _read(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> dict[
     return parts
 
 
+def _augmented(config: Config, knobs: TaskConfig, records: Sequence[Record]) -> list[Record]:
+    """Changed copies of some records, a function of (train.seed, records). Raises `UserError`."""
+    if knobs.augment not in PERTURBATIONS:
+        raise UserError(
+            f"task.augment={knobs.augment} is none of {', '.join(PERTURBATIONS)}{nearest(knobs.augment, [*PERTURBATIONS])}"
+        )
+    fields = sorted(TASKS[knobs.kind].given(knobs))
+    found = []
+    for number in copied(len(records), config.train.seed, knobs.augment_share):
+        values = records[number].values
+        changed = {
+            name: adversarial(values[name], config.train.seed, number, knobs.augment, knobs.augment_words)
+            for name in fields
+            if isinstance(values[name], str)
+        }
+        found.append(dataclasses.replace(records[number], values=values | changed))
+    return found
+
+
 def read(
-    knobs: TaskConfig, path: str, key: str, required: Collection[str], log: Callable[[str], Any], format: str = ""
+    knobs: TaskConfig,
+    path: str,
+    key: str,
+    required: Collection[str],
+    log: Callable[[str], Any],
+    format: str = "",
+    split: str = "train",
 ) -> list[Record]:
-    """The records of a task's files, in `format` or that of the task. Raises `UserError`."""
+    """The records of a task's files, in `format` or that of the task; of a TFDS data set, those of `split`. Raises
+    `UserError`.
+    """
     return read_records(
         path,
         format or knobs.format,
         max_bad=knobs.max_bad_rows,
         limit_key="task.max_bad_rows",
         columns=knobs.columns,
+        word_column=knobs.word_column,
+        tag_column=knobs.tag_column,
+        tfds_name=knobs.tfds_name,
+        tfds_split=split,
         required=sorted(required),
         check=functools.partial(TASKS[knobs.kind].check, knobs),
         key=key,
