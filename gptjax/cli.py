@@ -15,11 +15,11 @@ import gptjax
 from gptjax import runtime
 from gptjax.config import UserError
 from gptjax.parallel import hosts
-from gptjax.verbs import compare, config, convert, coordinates, evaluate, generate, plan, status, sweep, train
+from gptjax.verbs import compare, config, convert, coordinates, evaluate, generate, plan, predict, status, sweep, train
 from gptjax.verbs.arguments import Parser
 from gptjax.verbs.output import fault
 
-VERBS = (train, evaluate, generate, convert, config, plan, coordinates, sweep, status, compare)
+VERBS = (train, evaluate, predict, generate, convert, config, plan, coordinates, sweep, status, compare)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

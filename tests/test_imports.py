@@ -52,6 +52,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.loss",
         "gptjax.tasks",
     ),
+    "gptjax.tasks.predict": (
+        "gptjax.config",
+        "gptjax.data",
+        "gptjax.parallel",
+        "gptjax.tasks",
+        "gptjax.train.metrics",
+        "gptjax.train.restore",
+        "gptjax.train.task_evaluation",
+    ),
     "gptjax.train.task_evaluation": (
         "gptjax.config",
         "gptjax.data",

@@ -31,7 +31,7 @@ from gptjax.config.patterns import check_stages, layer_configs
 from gptjax.config.run import CheckpointConfig, EvaluateConfig, MeshConfig, MetricsConfig, TrainConfig
 from gptjax.config.schema import Config
 from gptjax.config.stages import Stage, Stages
-from gptjax.config.task import TaskConfig, task_weights, tasks_of, with_tasks
+from gptjax.config.task import HEADED, TaskConfig, task_weights, tasks_of, tasks_refusal, with_tasks
 
 __all__ = [
     "TYPE_NAMES",
@@ -69,8 +69,10 @@ __all__ = [
     "Config",
     "Stage",
     "Stages",
+    "HEADED",
     "TaskConfig",
     "task_weights",
     "tasks_of",
+    "tasks_refusal",
     "with_tasks",
 ]

@@ -14,6 +14,7 @@ from gptjax.config.mixture import Knots
 if TYPE_CHECKING:
     from gptjax.config.schema import Config
 
+HEADED = ("classification", "multilabel", "regression", "tagging", "answers")  # kinds whose answer is read off a head
 WRITING = ("completion", "chat")  # kinds whose answers are texts
 SINGLE = "task"  # the name of a run's only task
 
@@ -24,9 +25,20 @@ class TaskConfig:
 
     kind: str = knob(
         "none",
-        "What a record is for: none, documents are modelled as text; a label of a text (classification); a text's completion "
-        "(completion); the assistant's turns in a conversation (chat); or the better of two completions (preference).",
-        choices=("none", "classification", "completion", "chat", "preference"),
+        "What a record is for: none, documents are modelled as text; a label of a text (classification), several (multilabel) or "
+        "numbers (regression); a tag of each word (tagging); the part of a text that answers a question (answers); a text's "
+        "completion (completion); the assistant's turns in a conversation (chat); or the better of two completions (preference).",
+        choices=(
+            "none",
+            "classification",
+            "multilabel",
+            "regression",
+            "tagging",
+            "answers",
+            "completion",
+            "chat",
+            "preference",
+        ),
     )
     path: str = knob("", "The records to train on: a file, a glob, or several separated by commas.")
     eval_path: str = knob(
@@ -39,9 +51,61 @@ class TaskConfig:
     )
     columns: tuple[str, ...] = knob((), "csv, tsv: names of the columns; empty: the first row has them.")
     max_bad_rows: int = knob(0, "Rows that cannot be read and are skipped, each named, before it is an error.", at_least=0)
-    text: str = knob("{text}", "classification: the text to read, with {FIELD} for what a record has in its field.")
-    label: str = knob("label", "classification: the field of the label.")
-    labels: tuple[str, ...] = knob((), "classification: all labels, in order; empty: those of the training records, sorted.")
+    text: str = knob("{text}", "Of a text as a whole: the text to read, with {FIELD} for what a record has in its field.")
+    label: str = knob(
+        "label",
+        "Of a text as a whole: the field of the label, labels or numbers; regression: fields of a number each, separated by "
+        "commas, are several.",
+    )
+    labels: tuple[str, ...] = knob(
+        (), "All labels or tags (regression: the numbers' names), in order; empty: those of the training records, sorted."
+    )
+    separator: str = knob(",", "multilabel, regression: what stands between labels or numbers in a text; a list needs none.")
+    threshold: float = knob(0.5, "multilabel: the probability from which on a label is given.", above=0, below=1)
+    words: str = knob("words", "tagging: the field of the list of words.")
+    tags: str = knob("tags", "tagging: the field of the list of their tags.")
+    join: str = knob(" ", "tagging: what stands between words; empty: nothing, as in Chinese.")
+    word_token: str = knob(
+        "last",
+        "tagging: which token of a word has its tag. A causal model has seen the whole word at its last one alone; all: the loss "
+        "is of all, and what counts is said at the last.",
+        choices=("first", "last", "all"),
+    )
+    scheme: str = knob(
+        "BIO",
+        "tagging: what the files' tags are: BIO (B at the begin of every entity), IOB1 (B only between neighbours of one type), "
+        "IOBES (E at the end, S alone), or none, tags of single words.",
+        choices=("BIO", "IOB1", "IOBES", "none"),
+    )
+    train_scheme: str = knob("same", "tagging: the scheme to train on.", choices=("same", "BIO", "IOB1", "IOBES"))
+    malformed: str = knob(
+        "refuse",
+        "tagging: what a sequence that is not of the scheme is: a bad row (refuse), or made one of the entities that seqeval "
+        "finds in it (repair).",
+        choices=("refuse", "repair"),
+    )
+    question: str = knob("{question}\n", "answers: what stands before the context, with {FIELD} for what a record has there.")
+    context: str = knob("context", "answers: the field of the text that answers are parts of.")
+    overlap: float = knob(
+        0.25,
+        "tagging, answers: of what is longer than a row, the share of a row that a window has in common with the one before.",
+        at_least=0,
+        below=1,
+    )
+    max_answer: int = knob(200, "answers: the most characters of an answer.", at_least=1)
+    unanswerable: str = knob(
+        "auto",
+        "answers: whether a question may have no answer (SQuAD 2.0); auto: where a training record has none.",
+        choices=("auto", "yes", "no"),
+    )
+    null_threshold: float = knob(
+        0.0, "answers: how much higher than the best answer's score that of none must be for there to be none."
+    )
+    normaliser: str = knob(
+        "squad",
+        "answers: how answers are compared, as in the data set's own script.",
+        choices=("squad", "mlqa-en", "mlqa-zh", "cmrc"),
+    )
     prompt: str = knob("{prompt}", "completion, preference: what is given, with {FIELD} for what a record has in its field.")
     completion: str = knob(
         "{completion}",
@@ -132,6 +196,14 @@ def task_weights(config: Config, rows: Mapping[str, int]) -> dict[str, Knots]:
     return task_mixture.weights(config.task, rows) if config.task.mixture else {}
 
 
+def tasks_refusal(config: Config) -> str:
+    """Why a run's model does not write texts, to go on from its folder; "" where it does."""
+    kinds = [knobs.kind for knobs in tasks_of(config).values()]
+    if not kinds or any(kind not in HEADED for kind in kinds):
+        return ""
+    return f"was trained for task.kind={kinds[0]}, and its head says that instead of writing: ask it by `gptjax predict`."
+
+
 def check(config: Config) -> None:
     """Raises `UserError` for knobs of the task that don't go together, or that others contradict."""
     task = config.task
@@ -155,6 +227,13 @@ def _check_task(config: Config, name: str, task: TaskConfig) -> None:
     """`name` begins the name of a knob in a message."""
     if not task.path:
         raise UserError(f"{name}.kind={task.kind} needs {name}.path, a file or a glob.")
+    if task.kind == "multilabel" and not task.separator:
+        raise UserError(f"{name}.kind=multilabel needs a {name}.separator between the labels of a text.")
+    if len(set(task.labels)) < len(task.labels):
+        twice = next(label for label in task.labels if task.labels.count(label) > 1)
+        raise UserError(f"{name}.labels has {twice!r} twice.")
+    if task.scheme == "none" and task.train_scheme != "same":
+        raise UserError(f"{name}.train_scheme={task.train_scheme} needs a {name}.scheme that it is made of, not none.")
     if task.preference_loss == "ipo" and task.preference_smoothing:
         raise UserError(
             f"{name}.preference_smoothing={task.preference_smoothing} belongs to preference_loss=sigmoid: ipo has its own."

@@ -90,6 +90,11 @@ class HuggingFaceTokenizer(Tokenizer):
         refuse_half_characters(text)
         return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def offsets(self, text: str) -> np.ndarray | None:
+        if not self._unjoined():
+            return None
+        return np.asarray(self._plain.encode(text, add_special_tokens=False).offsets, np.int64).reshape(-1, 2)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(checked(ids, self.vocab_size).tolist(), skip_special_tokens=True)
 

@@ -51,6 +51,10 @@ class Tokenizer(ABC):
         take off. Raises `UserError` where the bytes of an id depend on its neighbours.
         """
 
+    def offsets(self, text: str) -> np.ndarray | None:
+        """int64 [n, 2]: where each token of the text begins and ends, in characters, for a tokenizer that knows it by itself."""
+        return None
+
     def token_id(self, name: str) -> int | None:
         """The id of a piece or special token as the tokenizer's files spell it; None where there is none."""
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,34 @@ def load(folder: pathlib.Path) -> tuple[Knobs, Any]:
 def model_knobs(folder: pathlib.Path) -> Knobs:
     """The first of what `load` gives, without reading a parameter."""
     return _settled(open_folder(folder))
+
+
+# What transformers' classes for tasks add to a model: tensor, and what it is of a head's.
+_TASK_HEADS = {
+    "score.weight": "kernel",  # ...ForSequenceClassification
+    "classifier.weight": "kernel",  # ...ForTokenClassification
+    "classifier.bias": "bias",
+    "qa_outputs.weight": "kernel",  # ...ForQuestionAnswering
+    "qa_outputs.bias": "bias",
+}
+
+
+def task_head(folder: pathlib.Path) -> tuple[Knobs, tuple[str, ...]]:
+    """({"kernel": [D, K], "bias": [K]} of a folder's head for a task, its labels in order); ({}, ()) where it has none or they
+    have no names, as transformers' LABEL_0 is none.
+    """
+    tensors = safetensors.open_folder(folder)
+    found = {}
+    for name, part in _TASK_HEADS.items():
+        if name in tensors:
+            tensors.check_kind(name)
+            found[part] = tensors.rows(name, 0, tensors[name].shape[0]).T
+    names = safetensors.read_json(folder / "config.json").get("id2label") or {}
+    try:
+        labels = tuple(str(names[key]) for key in sorted(names, key=int)) if found else ()
+    except (TypeError, ValueError):
+        raise UserError(f"{folder / 'config.json'}: id2label is not an object of labels by number.") from None
+    return found, () if all(re.fullmatch(r"LABEL_\d+", label) for label in labels) else labels
 
 
 def _settled(model: Foreign) -> Knobs:
@@ -109,7 +138,7 @@ def _ignored(architecture: Architecture, tensors: Tensors, prefix: str, head: st
     embedding = next(prefix + row.name for row in _embedding(architecture))
 
     def ignored(name: str) -> bool:
-        if layout.matches(architecture.ignored)(name.removeprefix(prefix)):
+        if name in _TASK_HEADS or layout.matches(architecture.ignored)(name.removeprefix(prefix)):
             return True
         if name == head and tied:
             tensors.check_kind(head)

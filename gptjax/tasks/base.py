@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptjax.config import ModelConfig, TaskConfig
+from gptjax.config import ModelConfig, TaskConfig, UserError
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.measures.bootstrap import Bootstrap
+from gptjax.measures.measured import Measured
 
 Values = Mapping[str, Any]  # a record: what its fields hold
 Batch = Mapping[str, jax.Array]
@@ -68,6 +71,11 @@ class Judged:
     more: Mapping[str, Any] = field(default_factory=dict)  # probabilities and the like
 
 
+def said_by(new: Sequence[Judged], predicted: Sequence[Any]) -> list[Judged]:
+    """The records of `new` with what somebody else, such as a baseline, says of them."""
+    return [Judged(one.record, one.gold, said) for one, said in zip(new, predicted, strict=True)]
+
+
 class Encoder:
     """Text to tokens between the ends that the run puts around a text, for at most `room` of them."""
 
@@ -76,6 +84,7 @@ class Encoder:
         self.templates: dict[str, Any] = {}  # by the knob that names them: read once
         self.begin = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
         self.end = [tokenizer.eos_id] if add_eos and tokenizer.eos_id is not None else []
+        self.nothing = [tokenizer.eos_id or 0]  # what stands for a text without a token
 
     def __call__(self, text: str) -> np.ndarray:
         """int32 ids of the text alone."""
@@ -92,11 +101,33 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def needs(self, knobs: TaskConfig) -> frozenset[str]:
-        """Fields without which a record is a bad row."""
+        """Fields without which a record is a bad row of the training records."""
+
+    def given(self, knobs: TaskConfig) -> frozenset[str]:
+        """Those of them without which there is nothing to predict."""
+        return self.needs(knobs)
+
+    def record(self, knobs: TaskConfig, text: Any) -> Values:
+        """The record of what a person has predicted: a text where that is enough, or a record. Raises `UserError`."""
+        fields = self.given(knobs)
+        if isinstance(text, str) and len(fields) == 1:
+            return {next(iter(fields)): text}
+        if not isinstance(text, Mapping) or (missing := sorted(fields - text.keys())):
+            found = f"a record without {missing[0]!r}" if isinstance(text, Mapping) else f"a {type(text).__name__}"
+            raise UserError(f"task.kind={knobs.kind} predicts records with {', '.join(sorted(fields))}, not {found}.")
+        return text
+
+    def text(self, knobs: TaskConfig, record: Values) -> str:
+        """What a person would read of the record."""
+        return "\n".join(str(record[name]) for name in sorted(self.given(knobs)))
 
     def settled(self, knobs: TaskConfig, records: Sequence[Values]) -> TaskConfig:
         """The knobs with what the training records say, such as the labels. Raises `UserError`."""
         return knobs
+
+    def remarks(self, knobs: TaskConfig, records: Sequence[Values]) -> list[str]:
+        """What a person should know of the training records, in sentences."""
+        return []
 
     def check(self, knobs: TaskConfig, record: Values) -> str:
         """Why a record is a bad row, to go on from its place ("has ..."); "" where it is none."""
@@ -130,9 +161,26 @@ class Task(abc.ABC):
         """What a model is asked that is to answer a record in writing, in at most `encoder.room` tokens; None: it is not."""
         return None
 
-    @abc.abstractmethod
     def measures(self, knobs: TaskConfig, judged: Sequence[Judged]) -> dict[str, float]:
-        """{name: value} over all records that somebody has judged before."""
+        """{name: value} over all records that somebody has judged before, of what is finite. A task states this or `measured`."""
+        found = self.measured(knobs, judged)
+        return {one.name.lower().replace(" ", "_"): one.value for one in found if math.isfinite(one.value)}
+
+    def measured(self, knobs: TaskConfig, judged: Sequence[Judged], bootstrap: Bootstrap | None = None) -> list[Measured]:
+        """The same as rows of a table, with intervals where `bootstrap` says how."""
+        return [Measured(name, value, n=len(judged)) for name, value in self.measures(knobs, judged).items()]
+
+    def report(self, knobs: TaskConfig, judged: Sequence[Judged]) -> str:
+        """What the field's own package reports, its text unchanged; "" where there is none."""
+        return ""
+
+    def baselines(self, knobs: TaskConfig, train: Sequence[Values], new: Sequence[Judged]) -> dict[str, list[Judged]]:
+        """{name: what a simple predictor says of the records of `new`}, to be measured beside the model."""
+        return {}
+
+    def row(self, knobs: TaskConfig, judged: Judged) -> dict[str, Any]:
+        """{"predicted", "gold" where known, "probabilities" by label or "score" from 0 to 1} of a line of a predictions file."""
+        return {"predicted": judged.predicted} | ({} if judged.gold is None else {"gold": judged.gold})
 
     @abc.abstractmethod
     def show(self, knobs: TaskConfig, judged: Judged) -> str:

@@ -26,6 +26,12 @@ def affine(head: Any, hidden_BTD: jax.Array) -> jax.Array:
     return y_BTK + head["bias"].astype(jnp.float32) if "bias" in head else y_BTK
 
 
+def label_nats(logits_BTK: jax.Array, label_BT: jax.Array) -> jax.Array:
+    """float32 [B, T]: cross-entropy of labels counted from 1, and 0 where there is none (0)."""
+    nats_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTK), jnp.maximum(label_BT - 1, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(label_BT > 0, nats_BT, 0.0)
+
+
 def next_tokens(batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(targets, weights float32), [B, T]: at each place the token after it, which counts where its `read` is 1 and it is of the
     same example.

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,7 +53,10 @@ def load_tasks(config: Config, log: Callable[[str], Any] = print, own: Tokenizer
     report: dict[str, Any] = {}
     for name, knobs in tasks_of(config).items():
         parts = _read(config, knobs, log)
-        settled[name] = TASKS[knobs.kind].settled(knobs, [record.values for record in parts["train"]])
+        values = [record.values for record in parts["train"]]
+        settled[name] = TASKS[knobs.kind].settled(knobs, values)
+        for remark in TASKS[knobs.kind].remarks(settled[name], values):
+            log(f"data: {remark}")
         for split in SPLITS:
             _check(settled[name], parts[split])
             records[split][name] = parts[split]
@@ -103,19 +106,10 @@ def _tokenizer(config: Config) -> Tokenizer:
 
 
 def _read(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> dict[str, list[Record]]:
-    task = TASKS[knobs.kind]
+    required = TASKS[knobs.kind].needs(knobs)
 
     def of(path: str, key: str = "task.path") -> list[Record]:
-        return read_records(
-            path,
-            knobs.format,
-            max_bad=knobs.max_bad_rows,
-            columns=knobs.columns,
-            required=sorted(task.needs(knobs)),
-            check=functools.partial(task.check, knobs),
-            key=key,
-            log=lambda line: log(f"data: {line}."),
-        ).records
+        return read(knobs, path, key, required, log)
 
     if knobs.eval_path:
         return {"train": of(knobs.path), "eval": of(knobs.eval_path, "task.eval_path")}
@@ -131,6 +125,22 @@ def _read(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> dict[
             f"{empty[0]} split; give more, or task.eval_path."
         )
     return parts
+
+
+def read(
+    knobs: TaskConfig, path: str, key: str, required: Collection[str], log: Callable[[str], Any], format: str = ""
+) -> list[Record]:
+    """The records of a task's files, in `format` or that of the task. Raises `UserError`."""
+    return read_records(
+        path,
+        format or knobs.format,
+        max_bad=knobs.max_bad_rows,
+        columns=knobs.columns,
+        required=sorted(required),
+        check=functools.partial(TASKS[knobs.kind].check, knobs),
+        key=key,
+        log=lambda line: log(f"data: {line}."),
+    ).records
 
 
 def _is_held_out(record: Record, share: float) -> bool:
@@ -174,9 +184,36 @@ def build_split(
                 cut += 1
             found += [(Example(task, number, place), part) for place, part in enumerate(parts)]
             names += [f"{record.file}:{record.line}"] * len(parts)
+    source = next(iter(records)) if config.task.mixture else ""
+    built = split_of(config, split, found, names, tokenizer, source, first)
+    counts = {
+        "documents": sum(len(of_task) for of_task in records.values()),
+        "examples": len(found),
+        "tokens": built.num_tokens,
+        "bytes": built.text_bytes,
+        "rows": len(built.rows or ()),
+        "cut": cut,
+        "dropped": dropped,
+    }
+    return built, [example for example, _ in found], counts
+
+
+def split_of(
+    config: Config,
+    split: str,
+    found: Sequence[tuple[Example, Encoded]],
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    source: str = "",
+    first: int = 0,
+) -> Split:
+    """The rows of examples, by data.packing and data.seq_len. Raises `UserError` where there is none.
+
+    `source`: the name of their task, where there are several; `first`: how many examples were counted before.
+    """
     lengths = np.asarray([len(part.tokens) for _, part in found], np.int64)
     if not len(lengths):
-        of = f" of {', '.join(records)}" if config.task.mixture else ""
+        of = f" of {source}" if source else ""
         raise UserError(f"the {split} split{of} has no example of at most data.seq_len={config.data.seq_len} tokens.")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = np.concatenate([part.tokens for _, part in found]).astype(np.int32)
@@ -189,25 +226,14 @@ def build_split(
         rows = rows.cut_into(np.concatenate(sizes).astype(np.int64), np.concatenate([[0], ends]).astype(np.int64))
     text_bytes = int(tokenizer.token_bytes()[tokens].sum())
     columns = _columns(config, found, lengths, first)
-    counts = {
-        "documents": sum(len(of_task) for of_task in records.values()),
-        "examples": len(found),
-        "tokens": len(tokens),
-        "bytes": text_bytes,
-        "rows": len(rows),
-        "cut": cut,
-        "dropped": dropped,
-    }
-    source = next(iter(records)) if config.task.mixture else ""
-    whole = Split(split, tokens, offsets, names, text_bytes, rows, source=source, columns=columns)
-    return whole, [example for example, _ in found], counts
+    return Split(split, tokens, offsets, list(names), text_bytes, rows, source=source, columns=columns)
 
 
 def _encoded(knobs: TaskConfig, record: Record, encode: Encoder) -> list[Encoded]:
     try:
         return TASKS[knobs.kind].encode(knobs, record.values, encode)
     except UserError as error:
-        raise UserError(f"{record.place}: {error}") from None
+        raise UserError(f"{record.place}: {str(error).rstrip('.')}.") from None
 
 
 def _columns(config: Config, found: Sequence[tuple[Example, Encoded]], lengths: np.ndarray, first: int) -> dict[str, np.ndarray]:

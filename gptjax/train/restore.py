@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from gptjax import config as config_lib
-from gptjax.config import Config, ModelConfig, UserError
+from gptjax.config import Config, ModelConfig, UserError, tasks_of
 from gptjax.data.reserved import text_tokenizer
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_folder
 from gptjax.generate import weights
@@ -143,6 +143,7 @@ def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None], token
         params, theirs, model = found.params, _own_tokenizer(folder, found.metadata), found.config.model
     else:
         params, theirs, model = huggingface.load(folder)[1], tokenizer_of_folder(folder), standard(config.model)
+        params |= _foreign_heads(config, folder)
     _check_multipliers(folder, model, config.model)
     if tokenizer is not None:
         _check_same_tokenizer(folder, theirs, tokenizer, log)
@@ -212,6 +213,19 @@ def _with_heads(config: Config, params: Any, heads: Any, wanted: Any, log: Calla
             fresh[name] = heads[name]
         log(f"the head of {name} is {'the one that was trained there' if shapes[0] == shapes[1] else 'new'}.")
     return params | {HEADS: fresh}
+
+
+def _foreign_heads(config: Config, folder: pathlib.Path) -> dict[str, Any]:
+    """A Hugging Face folder's head, as that of each of the run's tasks whose labels it has, in their order."""
+    head, labels = huggingface.task_head(folder)
+    heads = {}
+    for name, knobs in tasks_of(config).items() if head else ():
+        if not labels or knobs.kind == "answers":
+            heads[name] = head
+        elif set(knobs.labels) == set(labels):
+            order = [labels.index(label) for label in knobs.labels]
+            heads[name] = {part: array[..., order] for part, array in head.items()}
+    return {HEADS: heads} if heads else {}
 
 
 def _check_fit(folder: pathlib.Path, params: Any, wanted: Any) -> None:

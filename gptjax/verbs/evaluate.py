@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 from typing import Any
 
-from gptjax.config import ObjectiveConfig, UserError, from_json
+from gptjax.config import Config, ObjectiveConfig, UserError, from_json, tasks_of
 from gptjax.config.objective import loss_refusal
 from gptjax.parallel import hosts
 from gptjax.verbs.arguments import add_run, add_verb, run_config
@@ -17,7 +18,7 @@ def add(verbs: Any) -> None:
         verbs,
         "evaluate",
         run,
-        "Loss, perplexity and bits per byte over the whole evaluation split.",
+        "Loss, perplexity and bits per byte over the whole evaluation split; of a task, its measures beside a baseline's.",
         """examples:
   gptjax evaluate --workdir=runs/shakespeare --config.evaluate.batch_size=64 --json
   gptjax evaluate --workdir=runs/ul2 --objective=causal""",
@@ -40,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.objective:
         arguments.overrides = [*arguments.overrides, f"objective.name={arguments.objective}"]
     workdir, config = run_config(arguments)
+    if tasks_of(config):
+        return _tasks(arguments, workdir, config)
     from gptjax.data.mixture import describe
     from gptjax.data.reserved import text_tokenizer
     from gptjax.generate.weights import check, rounded
@@ -82,6 +85,41 @@ def run(arguments: argparse.Namespace) -> int:
                 f"weights in {arguments.weights}: loss {other['loss']:.4f} ({other['loss_difference']:+.6f}), "
                 f"perplexity {other['perplexity']:.3f} ({other['perplexity_difference']:+.5f})"
             )
+    return 0
+
+
+def _tasks(arguments: argparse.Namespace, workdir: pathlib.Path, config: Config) -> int:
+    """The measures of a run's tasks with their intervals (95 %, by resampling records), and those of baselines."""
+    from gptjax.measures.bootstrap import Bootstrap
+    from gptjax.measures.measured import as_json
+    from gptjax.parallel.mesh import make_mesh
+    from gptjax.tasks.report import reports
+    from gptjax.train.loop import load_data
+    from gptjax.train.restore import load_run
+    from gptjax.train.task_evaluation import evaluate_tasks
+
+    for name in ("objective", "weights"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name} is of models of text, and {workdir} was trained for a task.")
+    model = load_run(workdir, log, arguments.step, config)
+    dataset = load_data(config, log, own=model.tokenizer)
+    figures, judged = evaluate_tasks(config, model.params, dataset, make_mesh(config.mesh))  # type: ignore[arg-type]
+    found = reports(config, dataset, judged, Bootstrap())  # type: ignore[arg-type]
+    if arguments.json:
+        tables = {
+            name: {
+                "measures": as_json(report.measured),
+                "baselines": {baseline: as_json(measured) for baseline, measured in report.baselines.items()},
+                "differences": {baseline: as_json(measured) for baseline, measured in report.ahead.items()},
+            }
+            for name, report in found.items()
+        }
+        print_json(figures | {"step": model.step, "tasks": tables})
+    elif hosts.is_primary():
+        for name, report in found.items():
+            loss = figures[f"{name}/loss"] if len(found) > 1 else figures["loss"]
+            print(f"step {model.step}: {name if len(found) > 1 else tasks_of(config)[name].kind}: loss {loss:.4f}")
+            print("\n".join(report.lines()))
     return 0
 
 

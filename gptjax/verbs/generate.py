@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gptjax import recipes
-from gptjax.config import UserError
+from gptjax.config import UserError, tasks_refusal
 from gptjax.config.objective import parts as objective_parts
 from gptjax.config.objective import writing_refusal
 from gptjax.data.tokenizer_base import refuse_half_characters
@@ -132,6 +132,8 @@ def _load(arguments: argparse.Namespace) -> Any:
     workdir = pathlib.Path(required(arguments, "workdir"))
     if not recipes.is_foreign(workdir):
         workdir, config = run_config(arguments)
+        if refusal := tasks_refusal(config):
+            raise UserError(f"{workdir} {refusal}")
         model = load_run(workdir, log, arguments.step, config)
         if config.objective.name == "masked" and not arguments.weights:  # it has no cache to be stored for
             return model
