@@ -231,7 +231,7 @@ def build_split(
             found += [(Example(task, number, place), part) for place, part in enumerate(parts)]
             names += [f"{record.file}:{record.line}"] * len(parts)
     source = next(iter(records)) if config.task.mixture else ""
-    built = split_of(config, split, found, names, tokenizer, first, source)
+    built = split_of(config, split, found, names, tokenizer, source, first)
     counts = {
         "documents": sum(len(of_task) for of_task in records.values()),
         "examples": len(found),
@@ -250,11 +250,12 @@ def split_of(
     found: Sequence[tuple[Example, Encoded]],
     names: Sequence[str],
     tokenizer: Tokenizer,
-    first: int = 0,
     source: str = "",
+    first: int = 0,
 ) -> Split:
-    """The rows of examples, by data.packing and data.seq_len; their numbers begin behind `first`. Raises `UserError` where there
-    is none.
+    """The rows of examples, by data.packing and data.seq_len. Raises `UserError` where there is none.
+
+    `source`: the name of their task, where there are several; `first`: how many examples were counted before.
     """
     lengths = np.asarray([len(part.tokens) for _, part in found], np.int64)
     if not len(lengths):

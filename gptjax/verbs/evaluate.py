@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 from typing import Any
 
@@ -109,6 +110,7 @@ def _tasks(arguments: argparse.Namespace, workdir: pathlib.Path, config: Config)
     from gptjax.parallel.mesh import make_mesh
     from gptjax.tasks.report import reports
     from gptjax.train.loop import load_data
+    from gptjax.train.reference import with_reference
     from gptjax.train.restore import load_run
     from gptjax.train.task_evaluation import evaluate_tasks
 
@@ -117,8 +119,10 @@ def _tasks(arguments: argparse.Namespace, workdir: pathlib.Path, config: Config)
             raise UserError(f"--{name} is of models of text, and {workdir} was trained for a task.")
     model = load_run(workdir, log, arguments.step, config)
     dataset = load_data(config, log, own=model.tokenizer)
-    figures, judged = evaluate_tasks(config, model.params, dataset, make_mesh(config.mesh))  # type: ignore[arg-type]
-    found = reports(config, dataset, judged, Bootstrap())  # type: ignore[arg-type]
+    mesh = make_mesh(config.mesh)
+    dataset = with_reference(config, dataset, workdir, mesh, functools.partial(_no_reference, workdir), log)  # type: ignore[arg-type]
+    figures, judged = evaluate_tasks(config, model.params, dataset, mesh)
+    found = reports(config, dataset, judged, Bootstrap())
     if arguments.json:
         tables = {
             name: {
@@ -135,6 +139,10 @@ def _tasks(arguments: argparse.Namespace, workdir: pathlib.Path, config: Config)
             print(f"step {model.step}: {name if len(found) > 1 else tasks_of(config)[name].kind}: loss {loss:.4f}")
             print("\n".join(report.lines()))
     return 0
+
+
+def _no_reference(workdir: pathlib.Path) -> Any:
+    raise UserError(f"{workdir} has no reference.npz, what its initial model said: a preference cannot be judged without it.")
 
 
 def _beside(figures: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:

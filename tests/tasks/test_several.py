@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 
 import jax
@@ -256,3 +257,15 @@ def test_a_run_is_written_with_by_its_templates(folder, undisturbed, capsys, mon
     model = load_run(workdir, lambda line: None)
     answer = generate(model, "user: hello\nassistant:", max_new_tokens=3, temperature=0)[0]
     assert out == answer.text + "\n"
+
+
+def test_evaluate_compares_with_the_initial_model_that_the_run_kept(undisturbed, capsys, tmp_path):
+    assert cli.main(["evaluate", f"--workdir={undisturbed[0]}", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    wanted = undisturbed[1]["eval"]
+    assert {key: figures[key] for key in wanted} == pytest.approx(wanted, abs=1e-12)
+    copy = tmp_path / "run"
+    shutil.copytree(undisturbed[0], copy)
+    (copy / FILE).unlink()
+    assert cli.main(["evaluate", f"--workdir={copy}"]) == 2
+    assert "has no reference.npz, what its initial model said" in capsys.readouterr().err
