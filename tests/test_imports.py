@@ -73,6 +73,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.task_writing",
     ),
     "gptjax.train.task_writing": (
+        "gptjax.adapters.merge",
         "gptjax.config",
         "gptjax.data",
         "gptjax.generate",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptjax.config.knobs import UserError, knob
+from gptjax.config.task import tasks_of
 
 if TYPE_CHECKING:
     from gptjax.config.schema import Config
@@ -126,6 +127,8 @@ def _check_leading(config: Config, method: str) -> None:
         raise UserError(
             f"evaluate.sample_tokens={config.evaluate.sample_tokens} writes a sample, which {method} cannot; set it to 0."
         )
+    if writing := [name for name, task in tasks_of(config).items() if task.generate_records]:
+        raise UserError(f"the task {writing[0]} has answers written (task.generate_records), which {method} cannot; set it to 0.")
     if config.mesh.context != 1:
         raise UserError(f"{method} lengthens rows by {length}, which mesh.context={config.mesh.context} cannot share out; use 1.")
     if adapter.method != "prefix":

@@ -7,10 +7,13 @@ import json
 import math
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from gptjax.config import UserError
+from gptjax.config import AdapterConfig, UserError
 from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.text import generate_text
 from gptjax.parallel.mesh import make_mesh
@@ -58,6 +61,22 @@ def test_the_first_prompts_are_answered_as_generate_answers_them(written):
         shown = TASKS["completion"].show(config.task, one).splitlines()
         assert shown[0] == one.record["prompt"] and shown[1] == f"-> {answer.text}".splitlines()[0]
     assert len({one.predicted for one in judged["task"]}) > 2  # not all the same, as from parameters of 0
+
+
+def test_adapters_have_a_part_in_what_is_written(written):
+    from gptjax.adapters.merge import merged
+    from gptjax.train.step import init_params
+    from gptjax.train.task_writing import answer
+
+    config, data, _, _ = written
+    adapted = dataclasses.replace(config, adapter=AdapterConfig(method="lora", alpha=400.0))
+    params = nn.unbox(init_params(adapted, jnp.uint32(0)))
+    params["adapters"] = jax.tree.map(lambda leaf: leaf + 0.1, params["adapters"])
+    base = {name: part for name, part in params.items() if name != "adapters"}
+    records = data.records["eval"]
+    found = answer(adapted, params, data.tokenizer, records)
+    assert found == answer(*merged(adapted, params), data.tokenizer, records)
+    assert found != answer(config, base, data.tokenizer, records)
 
 
 def test_records_of_one_prompt_share_their_references(written):
