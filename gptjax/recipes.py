@@ -10,7 +10,7 @@ import pathlib
 import re
 import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -24,14 +24,27 @@ def load_recipe(spec: str, overrides: Sequence[str] = ()) -> Config:
     A `config.json` of a run's folder is taken too, so that any run can be started again elsewhere.
     """
     values = recipe_values(spec)
-    early = [override for override in overrides if override.partition("=")[0] in ("init_from", "init_model")]
-    for override in early:
-        apply_override(values, override)
+    lay_over(values, spec, {}, overrides)
+    return from_dict(values)
+
+
+def lay_over(values: ml_collections.ConfigDict, spec: str, settings: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Lays {dotted key: value} and texts such as `model.num_layers=4` over what the recipe `spec` says: over the model of
+    `init_from`, where `init_model` asks for that.
+    """
+
+    def lay(keys: tuple[str, ...] = ()) -> None:
+        for key, value in settings.items():
+            if not keys or key in keys:
+                apply_value(values, key, value)
+        for override in overrides:
+            if not keys or override.partition("=")[0] in keys:
+                apply_override(values, override)
+
+    lay(("init_from", "init_model"))
     if values.get("init_model") and not spec.partition(":")[0].endswith(".json"):  # in a run's own config it has been done
         adopt_model(values)
-    for override in overrides:
-        apply_override(values, override)
-    return from_dict(values)
+    lay()
 
 
 def adopt_model(values: ml_collections.ConfigDict) -> None:

@@ -73,10 +73,7 @@ def make_trials(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Trial]:
         laid = dict(sweep.overrides) | point
         values = base.copy_and_resolve_references()
         try:
-            for key, value in laid.items():
-                recipes.apply_value(values, key, value)
-            for override in overrides:
-                recipes.apply_override(values, override)
+            recipes.lay_over(values, sweep.recipe, laid, overrides)
             config = from_dict(values)
         except UserError as error:
             raise UserError(f"point {number} of the sweep ({describe(point) or 'the recipe as it is'}): {error}") from None

@@ -167,8 +167,13 @@ def test_a_mistake_in_a_sweep_file_is_one_sentence(tmp_path, text, sentence):
         load_sweep(str(tmp_path / "sweep.py"))
 
 
-def test_the_example_sweep_loads(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_example_sweeps_load(monkeypatch, tmp_path):
+    for folder in ("configs", "experiments"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(tmp_path)
+    base = recipes.load_recipe("configs/small_gpt.py").with_vocab_size(8000)  # that of fine-tuning begins with the run of this recipe
+    pathlib.Path("runs/small_gpt").mkdir(parents=True)
+    pathlib.Path("runs/small_gpt/config.json").write_text(to_json(base))
     for path in sorted(pathlib.Path("experiments").glob("*/sweep.py")):
         assert len(make_trials(load_sweep(str(path)))) > 1
         assert (path.parent / "README.md").is_file()
