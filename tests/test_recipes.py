@@ -102,3 +102,22 @@ def test_best_keeps_the_tokens_and_parameters_of_cpu():
 def test_unknown_argument_is_named(name):
     with pytest.raises(UserError, match="'nonsense'; it has"):
         load(name, "nonsense")
+
+
+def test_the_model_of_init_from_is_taken_before_overrides(tmp_path):
+    base = load("small_gpt.py")
+    taken = load("fine_tune.py", "sms_spam", "model.residual_dropout=0.2")
+    assert taken.model.model_dim == base.model.model_dim and taken.model.position == "rotary" and taken.model.vocab_size == 8000
+    assert taken.model.residual_dropout == 0.2 and taken.data.tokenizer == "init_from"
+    (tmp_path / "config.json").write_text(config_lib.to_json(taken))
+    (tmp_path / "runs" / "small_gpt" / "config.json").unlink()
+    assert recipes.load_recipe(str(tmp_path / "config.json")) == taken  # a run's own config says it all
+    with pytest.raises(UserError, match="init_from=runs/small_gpt is neither a run's folder nor"):
+        load("fine_tune.py", "sms_spam")
+    with pytest.raises(UserError, match="init_model needs init_from"):
+        load("stdlib_tiny.py", "", "init_model=true")
+
+
+def test_the_model_of_a_hugging_face_folder_is_taken_too(shared_data):
+    taken = load("fine_tune.py", "sms_spam", f"init_from={shared_data / 'tiny_random_gpt2'}", "data.seq_len=32")
+    assert (taken.model.num_layers, taken.model.model_dim, taken.model.position) == (5, 32, "learned")

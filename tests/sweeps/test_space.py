@@ -171,7 +171,7 @@ def test_the_example_sweeps_load(monkeypatch, tmp_path):
     for folder in ("configs", "experiments"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
-    base = recipes.load_recipe("configs/small_gpt.py").with_vocab_size(8000)  # that of fine-tuning begins with the run of this recipe
+    base = recipes.load_recipe("configs/small_gpt.py").with_vocab_size(8000)
     pathlib.Path("runs/small_gpt").mkdir(parents=True)
     pathlib.Path("runs/small_gpt/config.json").write_text(to_json(base))
     for path in sorted(pathlib.Path("experiments").glob("*/sweep.py")):
