@@ -36,7 +36,12 @@ hypothesis.settings.register_profile("gptjax", deadline=None)
 hypothesis.settings.load_profile("gptjax")
 
 
+# Files of several minutes: begun first, so that no process is left alone with one at the end.
+LONGEST = ("test_pairs.py", "test_pairs_others.py", "test_hosts.py", "test_plan.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         skip = pytest.mark.skip(reason=f"{' and '.join(missing)} not installed (extra: parity)")
