@@ -32,7 +32,7 @@ def no_reading(monkeypatch) -> None:
     def refuse(path):
         raise AssertionError(f"{path} was read")
 
-    monkeypatch.setattr("gptjax.data.sources._read", refuse)
+    monkeypatch.setattr("gptjax.data.sources.read_bytes", refuse)
     monkeypatch.setattr("gptjax.data.sources._map", refuse)
 
 
