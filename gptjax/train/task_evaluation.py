@@ -120,7 +120,8 @@ def evaluate_tasks(
     """({"loss", "examples", and the measures of the run's only task, or TASK/NAME of each of several}, what the model said).
 
     `loss` is the task's, of several the mean of theirs by `loss_weight`; sums are in float64, in the order of the records.
-    Answers in writing are those to the same prompts whatever `max_batches`.
+    Answers in writing are those to the same prompts whatever `max_batches`. Where so many batches have no record whole, all are
+    taken.
     """
     answers = answer(config, params, dataset.tokenizer, dataset.records["eval"], config.train.seed)
     written = figures_of(config, answers)
@@ -132,6 +133,8 @@ def evaluate_tasks(
         own_split = judge(config, params, splits[name], dataset.examples["eval"], dataset.records["eval"], mesh, max_batches)
         judged[name] = own_split[name]
         known = [one for one in judged[name] if one.weight]
+        if not known and max_batches:  # a record in several windows may have them anywhere
+            return evaluate_tasks(config, params, dataset, mesh)
         if not known:
             raise UserError(f"task.path: the evaluation split has no record of which is known what is right ({name}).")
         own = sum(one.nats for one in known), sum(one.weight for one in known)
