@@ -32,9 +32,13 @@ OPTIMIZERS = chain(
     ),
 )
 
+# Sinusoids are as large as 1 and fresh token embeddings as 0.02: as in the paper, embeddings times sqrt(width) beside them.
+EMBEDDING_SCALES = grid({"model.position": ["sinusoidal"], "model.embedding_scale": [1.0, 0.0]})
+
 ABLATIONS = {
     "attention_score": grid({"model.attention_score": ["scaled_dot", "dot", "cosine", "additive"]}),
     "position": grid({"model.position": ["learned", "sinusoidal", "rotary", "alibi", "t5"]}),
+    "embedding_scale": EMBEDDING_SCALES,
     "norm_placement": NORM_PLACEMENTS,
     "mlp": MLPS,
     "optimizer": OPTIMIZERS,
