@@ -14,7 +14,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -40,7 +40,7 @@ from gptjax.train.curve import draw_loss_curve
 from gptjax.train.evaluate import by_source, evaluate
 from gptjax.train.flops import describe_mfu, device_peak, flops_per_token, mfu
 from gptjax.train.groups import trained_count
-from gptjax.train.metrics import LiveLine, MetricsWriter, log_to_stderr, parameter_table
+from gptjax.train.metrics import LiveLine, MetricsWriter, NoMetrics, log_to_stderr, parameter_table
 from gptjax.train.optimizers import Lengths, evaluation_params
 from gptjax.train.reference import with_reference
 from gptjax.train.restore import initial_params
@@ -50,22 +50,6 @@ from gptjax.train.state import TrainState
 from gptjax.train.step import abstract_state, init_state, make_train_step
 from gptjax.train.stop import Interrupted, StopSignals
 from gptjax.train.task_evaluation import Examples, evaluate_tasks
-
-
-class NoMetrics:
-    """Stands for a `MetricsWriter` in the processes that don't write."""
-
-    def __enter__(self) -> NoMetrics:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-    def write(self, row: Mapping[str, Any]) -> None: ...
-
-    def has(self, step: int, key: str) -> bool:
-        return False
-
-    def sync(self) -> None: ...
 
 
 class NonFiniteError(RuntimeError):

@@ -57,29 +57,9 @@ def softmax_cross_entropy(
     return loss, jax.lax.stop_gradient(parts) | {"weight_sum": weights_BT.astype(jnp.float32).sum()}
 
 
-def row_nll(
-    hidden_BTD: jax.Array,
-    head: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    *,
-    transposed: bool,
-    chunk: int = 0,
-    dtype: Any = jnp.float32,
-    softcap: float = 0.0,
-) -> jax.Array:
-    """Sum over each row of weight * nll, [B] in float32, without gradients; arguments as `softmax_cross_entropy`."""
-    options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype), softcap)
-    weights_BT = weights_BT.astype(jnp.float32)
-
-    def one(hidden_BcD, targets_Bc, weights_Bc):
-        logits_BcV = _logits(options, hidden_BcD, head)
-        _, nll_Bc = _token_losses(options, logits_BcV, _softmax(logits_BcV), targets_Bc)
-        return (nll_Bc * weights_Bc).sum(1), ()
-
-    head = _over_vocabulary(head, transposed)
-    nll_B, _ = _over_chunks(options, head, one, (hidden_BTD, targets_BT, weights_BT))
-    return nll_B
+def row_nll(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, **options: Any) -> jax.Array:
+    """Sum over each row of weight * nll, [B] in float32; `options` as those of `token_nll`."""
+    return (token_nll(hidden_BTD, head, targets_BT, **options) * weights_BT.astype(jnp.float32)).sum(1)
 
 
 def token_nll(

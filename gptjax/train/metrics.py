@@ -408,6 +408,22 @@ def format_seconds(seconds: float) -> str:
 # --- at the start ---
 
 
+class NoMetrics:
+    """Stands for a `MetricsWriter` in the processes that don't write."""
+
+    def __enter__(self) -> NoMetrics:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def write(self, row: Mapping[str, Any]) -> None: ...
+
+    def has(self, step: int, key: str) -> bool:
+        return False
+
+    def sync(self) -> None: ...
+
+
 def parameter_table(params: Any) -> str:
     """Path, shape, dtype and count of each leaf of `params` (arrays or their shapes, boxed or not), and the total."""
     import jax
