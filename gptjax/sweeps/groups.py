@@ -21,7 +21,9 @@ SEED = "train.seed"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's folder. `knobs`: what shapes it, besides the seed, and is not at its default. `unfinished` says why, or ''.
+    """A run's folder. `knobs`: what shapes it, besides the seed, and is not at its default.
+
+    `unfinished` is '' or what became of it in a word or two, `why` a sentence where a sweep knows one.
 
     `origin` is the sweep's folder, or the folder that holds the run's.
     """
@@ -32,6 +34,7 @@ class Run:
     knobs: dict[str, Any]
     result: dict[str, Any]
     unfinished: str = ""
+    why: str = ""
 
     @property
     def seed(self) -> int:
@@ -76,14 +79,14 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
 def _sweep_run(sweep: SweepFolder, name: str, origin: str) -> Run:
     folder, state = sweep.trial(name), sweep.observed(name)
     config = from_json(folder / "config.json") if (folder / "config.json").exists() else sweep.requested(name)
-    return _run(folder, origin, config, f"{state.status} ({state.kind})" if state.kind else state.status)
+    return _run(folder, origin, config, f"{state.status} ({state.kind})" if state.kind else state.status, state.why)
 
 
-def _run(folder: pathlib.Path, origin: str, config: Config, otherwise: str) -> Run:
+def _run(folder: pathlib.Path, origin: str, config: Config, otherwise: str, why: str = "") -> Run:
     result = read_result(folder)
     shaping = {key for key, _, field in walk(config) if field.metadata["shapes_run"]}
     knobs = {key: value for key, value in own_knobs(config).items() if key in shaping and key != SEED}
-    return Run(folder, origin, config, knobs, result or {}, "" if result else otherwise)
+    return Run(folder, origin, config, knobs, result or {}, "" if result else otherwise, "" if result else why)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
