@@ -197,7 +197,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "gptjax.plan": ("gptjax.config", "gptjax.model", "gptjax.parallel", "gptjax.train", "gptjax.plan"),
     "gptjax.measures": ("gptjax.config", "gptjax.measures"),
-    "gptjax.pages": ("gptjax.config", "gptjax.pages", "gptjax.train.metrics"),
+    "gptjax.pages": ("gptjax.config", "gptjax.pages"),
     "gptjax.analysis": ("gptjax.config", "gptjax.measures", "gptjax.pages", "gptjax.analysis"),
     "gptjax.report": (
         "gptjax.config",

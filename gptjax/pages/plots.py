@@ -110,6 +110,14 @@ def tick_texts(values: Sequence[float]) -> list[str]:
     return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
 
 
+def count_texts(values: Sequence[float]) -> list[str]:
+    """Ticks of a count of at least 0, all in the unit of the largest: 0, 0.5M, 1M, 1.5M."""
+    largest = max(values, default=0.0)
+    units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+    unit, letter = next((unit for unit in units if largest >= unit[0]), units[-1])
+    return [f"{value / unit:.6g}{letter}" if value else "0" for value in values]
+
+
 def thinned(points: int, most: int = 240) -> np.ndarray:
     """Places of at most `most` of `points` points, the first and the last among them."""
     return np.arange(points) if points <= most else np.unique(np.linspace(0, points - 1, most).round().astype(int))

@@ -7,8 +7,7 @@ import math
 from typing import Any
 
 from gptjax.config import UserError
-from gptjax.pages.plots import DASHES, LIGHT, LinePlot, Plot, RowPlot, tick_texts, ticks
-from gptjax.train.metrics import format_count
+from gptjax.pages.plots import DASHES, LIGHT, LinePlot, Plot, RowPlot, count_texts, tick_texts, ticks
 
 _GREY = "#9aa0ac"
 
@@ -72,7 +71,8 @@ def _draw_lines(axes: Any, plot: LinePlot) -> None:
     axes.set_ylim(*plot.y_range)
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel(plot.y_label)
-    axes.xaxis.set_major_formatter(lambda value, _: format_count(value).replace(".00", "") if value >= 0 else "")
+    marks = ticks(*plot.x_range, most=7)
+    axes.set_xticks(marks, count_texts(marks))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.legend(frameon=False, fontsize=8)
 

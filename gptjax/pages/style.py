@@ -42,7 +42,7 @@ small {{ color: var(--soft); font-size: .85em; white-space: nowrap; }}
 .faint-text {{ color: var(--soft); }}
 .scroll {{ overflow-x: auto; max-width: 100%; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0; }}
-caption {{ text-align: left; color: var(--soft); padding: .2rem .65rem; }}
+caption {{ text-align: left; white-space: nowrap; color: var(--soft); padding: .2rem .65rem; }}
 th, td {{ padding: .3rem .65rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }}
 thead th {{ color: var(--soft); font-weight: 600; font-size: .88em; vertical-align: bottom; }}
 tbody th {{ font-weight: 600; }}
@@ -92,7 +92,7 @@ rect.bar {{ fill: var(--own); }}
 @media (max-width: 50rem) {{
   body {{ padding: 1rem .8rem; }}
   .wide {{ display: none; }} .narrow {{ display: block; }}
-  th, td {{ padding: .3rem .45rem; }} .long {{ min-width: 14rem; }} }}
+  caption {{ white-space: normal; }} th, td {{ padding: .3rem .45rem; }} .long {{ min-width: 14rem; }} }}
 @media print {{
   :root {{ color-scheme: light; --ink: #000000; --soft: #444444; --line: #bbbbbb; --paper: #ffffff; --raised: #f2f3f6;
     --blue: 42, 111, 219; --red: 205, 72, 49; --dot: rgb(42, 111, 219); --s0: #9aa0ac; {_palette(LIGHT)} }}

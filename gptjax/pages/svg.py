@@ -8,10 +8,9 @@ from html import escape
 
 import numpy as np
 
-from gptjax.pages.plots import LinePlot, Plot, Row, RowPlot, Series, colour_class, thinned, tick_texts, ticks
-from gptjax.train.metrics import format_count
+from gptjax.pages.plots import LinePlot, Plot, Row, RowPlot, Series, colour_class, count_texts, thinned, tick_texts, ticks
 
-WIDE, NARROW = 760, 350  # of the two drawings of a plot: the style sheet shows the one that fits
+WIDE, NARROW = 900, 350  # of the two drawings of a plot: the style sheet shows the one that fits
 _CHARACTER = 6.6  # width of one, of the 12-pixel font, taken widely
 _ROW = 30  # height of a row
 
@@ -42,7 +41,7 @@ def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def _lines(plot: LinePlot, width: int) -> str:
-    height = round(width * (0.46 if width >= WIDE else 0.8))
+    height = round(width * (0.42 if width >= WIDE else 0.8))
     y_ticks = ticks(*plot.y_range)
     y_texts = tick_texts(y_ticks)
     left, right = 26 + _CHARACTER * max(map(len, y_texts)), width - 30
@@ -60,9 +59,10 @@ def _lines(plot: LinePlot, width: int) -> str:
     for value, text in zip(y_ticks, y_texts, strict=True):
         parts += [_line("grid", left, float(y(value)), right, float(y(value)))]
         parts += [_text(left - 7, float(y(value)) + 4, text, "end")]
-    for value in ticks(*plot.x_range, most=6 if width >= WIDE else 4):
+    x_ticks = ticks(*plot.x_range, most=7 if width >= WIDE else 4)
+    for value, text in zip(x_ticks, count_texts(x_ticks), strict=True):
         parts += [_line("tick", float(x(value)), bottom, float(x(value)), bottom + 4)]
-        parts += [_text(float(x(value)), bottom + 18, format_count(value).replace(".00", ""))]
+        parts += [_text(float(x(value)), bottom + 18, text)]
     parts += [_line("axis", left, bottom, right, bottom)]
     if plot.line is not None and plot.y_range[0] <= plot.line <= plot.y_range[1]:
         parts += [_line("diagonal", left, float(y(plot.line)), right, float(y(plot.line)))]
@@ -106,9 +106,8 @@ def _points(x: np.ndarray, y: np.ndarray) -> list[str]:
 
 
 def _end_numbers(plot: LinePlot, y: Axis, right: float, bottom: float) -> list[str]:
-    """Each curve's number where it ends, moved apart where two would lie on one another."""
+    """Each curve's number where it ends, moved apart where two would overlap; an arrow where it is off the drawing."""
     ends = sorted((float(y(one.y[-1])), one.number) for one in plot.series if one.number and len(one.y))
-    ends = [(at, number) for at, number in ends if at <= bottom + 4]
     places: list[float] = []
     for at, _ in ends:
         places.append(max(at, places[-1] + 13) if places else max(at, 10))
@@ -116,9 +115,13 @@ def _end_numbers(plot: LinePlot, y: Axis, right: float, bottom: float) -> list[s
         limit = places[index + 1] - 13 if index + 1 < len(places) else bottom
         places[index] = min(places[index], limit)
     return [
-        _text(right + 8, place + 4, str(number), "start", f"{colour_class(number).split()[0]} name")
-        for place, (_, number) in zip(places, ends, strict=True)
+        _text(right + 8, place + 4, f"{number}{_arrow(at, bottom)}", "start", f"{colour_class(number).split()[0]} name")
+        for place, (at, number) in zip(places, ends, strict=True)
     ]
+
+
+def _arrow(at: float, bottom: float) -> str:
+    return "↑" if at < 0 else "↓" if at > bottom + 4 else ""
 
 
 # --- rows ---

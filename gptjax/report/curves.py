@@ -60,7 +60,11 @@ def _figures(key: str, every: list[Series], higher: bool, target: float | None, 
     if key.startswith("train/"):
         of_rows = f"Each run is first smoothed: means over {percent(2 * SMOOTH)} of its rows."
         plot = line_plot(every, key, y_range=_after_the_start(every))
-        return [Figure(name, plot, f"{what}. {band}. {of_rows} The first {percent(0.05)} may lie above.")] if plot else []
+        return (
+            [Figure(name, plot, f"{what}. {band}. {of_rows} The first {percent(0.05)} of the tokens may lie outside.")]
+            if plot
+            else []
+        )
     plot = line_plot(every, key, target=target)
     if plot is None:
         return []
@@ -93,8 +97,8 @@ def _end(key: str, every: Sequence[Series], higher: bool, target: float | None) 
     air = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     x_range = (start, max(float(one.x[-1]) for one in drawn))
     plot = line_plot(drawn, key, target=target, x_range=x_range, y_range=(low - air, high + air))
-    beyond = [f"{one.number} ({one.label})" for one in drawn if one.number and one not in near]
-    cut = f" Beyond its edge: {joined(beyond)}." if beyond else ""
+    beyond = [f"{one.number} ({one.label.rpartition(', ')[0]})" for one in drawn if one.number and one not in near]
+    cut = f" Beyond its edge (arrow): {joined(beyond)}." if beyond else ""
     return (
         [Figure(f"{key.replace('/', '_')}_end", plot, f"The last {percent(1 - END)} of the tokens, closer.{cut}")] if plot else []
     )

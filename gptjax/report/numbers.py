@@ -30,7 +30,8 @@ def p_value(p: float | None) -> str:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    """Rounded, but never to the whole where it is not."""
+    return "> 99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
 
 
 def plural(count: int, word: str) -> str:
