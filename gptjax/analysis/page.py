@@ -56,7 +56,7 @@ def _summary(findings: Findings) -> str:
     rows = [[escape(m.name), show(m.value), _reach(m.low, m.high), f"{m.n:,}", escape(m.note)] for m in findings.summary]
     kind = "below full score" if findings.scored else "wrong"
     return (
-        table(["measure", "value", "interval", "n", "note"], rows, (1, 2, 3))
+        table(["measure", "value", "interval", "n", "note"], rows, (1, 2, 3), texts=(4,), names=True)
         + f"<p>{findings.wrong:,} of {findings.n:,} are {kind}.</p>"
     )
 
@@ -95,7 +95,7 @@ def _labels(findings: Findings) -> str:
         ]
         for row in findings.labels[:MOST_ROWS]
     ]
-    shown = table(["label", "gold", "precision", "recall", "F1"], rows, (1, 2, 3, 4))
+    shown = table(["label", "gold", "precision", "recall", "F1"], rows, (1, 2, 3, 4), names=True)
     if len(findings.labels) > MOST_ROWS:
         shown += note(f"The {MOST_ROWS} most frequent of {len(findings.labels)} labels.")
     if findings.labels[0].f1.low is None:

@@ -54,7 +54,7 @@ tbody th {{ font-weight: 600; }}
 .confusion .right {{ background: rgba(var(--blue), var(--depth)); }}
 .confusion .wrong {{ background: rgba(var(--red), var(--depth)); }}
 .confusion .total {{ color: var(--soft); }}
-.confusion tbody th {{ font-weight: 600; max-width: 14rem; overflow-wrap: anywhere; }}
+.confusion tbody th {{ max-width: 14rem; overflow-wrap: break-word; }}
 figure {{ margin: 1rem 0 1.4rem; }}
 figcaption {{ margin-top: .3rem; font-size: .93em; }}
 .narrow {{ display: none; }}
@@ -64,7 +64,7 @@ figcaption {{ margin-top: .3rem; font-size: .93em; }}
   overflow-wrap: anywhere; }}
 svg {{ display: block; font: 12px system-ui, -apple-system, "Segoe UI", "Noto Sans", sans-serif; fill: var(--soft); }}
 svg.bar {{ margin-top: .2rem; }}
-svg.plot {{ max-width: 100%; height: auto; }}
+svg.plot, svg.chart {{ max-width: 100%; height: auto; }}
 svg.swatch {{ display: inline-block; vertical-align: middle; margin-right: .45em; }}
 .axis, .grid, .tick {{ stroke: var(--line); stroke-width: 1; }}
 .axis, .tick {{ stroke: var(--soft); }}
@@ -74,7 +74,7 @@ svg.swatch {{ display: inline-block; vertical-align: middle; margin-right: .45em
 .dot {{ fill: var(--dot); }}
 .count {{ fill: var(--soft); opacity: .28; }}
 .label {{ fill: var(--soft); }}
-.rowname {{ fill: var(--ink); }}
+.rowname {{ fill: var(--ink); paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }}
 .s0 {{ --own: var(--s0); }} .plain {{ --own: var(--dot); }}
 {_SERIES}
 path.line {{ fill: none; stroke: var(--own); stroke-width: 1.9; stroke-linejoin: round; }}
@@ -89,6 +89,7 @@ text.name {{ fill: var(--own); font-weight: 700; }}
 .single {{ fill: var(--own); opacity: .6; }}
 rect.bar {{ fill: var(--own); }}
 .beside {{ display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }}
+.beside > * {{ min-width: 0; max-width: 100%; }}
 @media (max-width: 50rem) {{
   body {{ padding: 1rem .8rem; }}
   .wide {{ display: none; }} .narrow {{ display: block; }}

@@ -9,6 +9,7 @@ from typing import Any
 from gptjax.config import Config
 from gptjax.pages.blocks import Block, Cell, Table, Text
 from gptjax.report.numbers import plural
+from gptjax.report.results import named
 from gptjax.sweeps.groups import Group, Run
 from gptjax.train.flops import flops_per_token
 from gptjax.train.metrics import format_count, format_seconds
@@ -56,7 +57,7 @@ def cost(groups: Sequence[Group], adapted: Adapted) -> list[Block]:
     total, runs = Cost(), 0
     for group in groups:
         own = sum((cost_of(run, adapted) for run in group.runs), Cost())
-        rows.append((Cell(f"{group.number} {group.label}", group.number), *_cells(len(group.runs), own)))
+        rows.append((named(group), *_cells(len(group.runs), own)))
         total, runs = total + own, runs + len(group.runs)
     if len(groups) > 1:
         rows.append((Cell("all"), *_cells(runs, total)))

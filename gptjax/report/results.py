@@ -24,6 +24,11 @@ def mean_interval(values: list[float], confidence: float) -> tuple[float | None,
     return float(low[0]), float(high[0])
 
 
+def named(group: Group) -> Cell:
+    """A group in a table: its line, its number, which no line break parts from what follows, and its label."""
+    return Cell(f"{group.number}\u00a0{group.label}", group.number)
+
+
 def group_means(report: Report) -> dict[int, float]:
     """{group's number: mean} of the groups that have a figure."""
     return {group.number: float(np.mean(list(found.values()))) for group in report.groups if (found := report.values(group))}
@@ -84,7 +89,7 @@ def _means(report: Report, name: str) -> list[Block]:
         missing = _missing(report, group)
         rows.append(
             (
-                Cell(f"{group.number} {group.label}", group.number),
+                named(group),
                 str(len(values)),
                 fixed(mean, places),
                 between(low, high, places),
@@ -174,7 +179,7 @@ def _pair_table(report: Report, tested: list[Comparison]) -> Table:
         more = f"> {MOST_SEEDS:,}" if c.more_seeds is None else str(c.more_seeds or "—")
         effect = fixed(c.paired.effect, 2, sign=True) if math.isfinite(c.paired.effect) else "∞"
         row: list[str | Cell] = [
-            f"{c.b.number} − {c.a.number}",
+            f"{c.b.number}\u00a0−\u00a0{c.a.number}",
             fixed(c.paired.difference, places, sign=True),
             between(*c.paired.interval, places),
             p_value(c.paired.p),

@@ -16,7 +16,7 @@ from gptjax.sweeps.folder import SweepFolder
 from gptjax.train.metrics import FILE_NAME, read_metrics
 from gptjax.train.run import read_result
 
-SEED = "train.seed"
+SEED, VOCAB_SIZE = "train.seed", "model.vocab_size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,20 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     doubles: dict[pathlib.Path, Run] = {}
     for run in runs:
         doubles.setdefault(run.folder.resolve(), run)
-    return list(doubles.values())
+    return _with_vocab_sizes(list(doubles.values()))
+
+
+def _with_vocab_sizes(runs: Sequence[Run]) -> list[Run]:
+    """A trial that never started has no vocabulary's size yet: it takes that of a run whose config is otherwise its own."""
+    settled = [run for run in runs if VOCAB_SIZE in run.knobs]
+    others = {_key({key: value for key, value in run.knobs.items() if key != VOCAB_SIZE}): run for run in reversed(settled)}
+    return [_as_large(run, others.get(_key(run.knobs))) if VOCAB_SIZE not in run.knobs else run for run in runs]
+
+
+def _as_large(run: Run, other: Run | None) -> Run:
+    if other is None:
+        return run
+    return dataclasses.replace(run, config=run.config.with_vocab_size(other.config.model.vocab_size), knobs=other.knobs)
 
 
 def _sweep_run(sweep: SweepFolder, name: str, origin: str) -> Run:
