@@ -104,18 +104,20 @@ def tick_texts(values: Sequence[float]) -> list[str]:
     if len(values) < 2:
         return [f"{value:.4g}" for value in values]
     step = values[1] - values[0]
-    if max(map(abs, values)) >= 1e5 or step < 1e-6:
+    if max(map(abs, values)) >= 1e5:
+        return count_texts(values)
+    if step < 1e-6:
         return [f"{value:.3g}" for value in values]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
 
 
 def count_texts(values: Sequence[float]) -> list[str]:
-    """Ticks of a count of at least 0, all in the unit of the largest: 0, 0.5M, 1M, 1.5M."""
-    largest = max(values, default=0.0)
+    """Ticks of a count, all in the unit of the largest: 0, 0.5M, 1M, 1.5M."""
+    largest = max(map(abs, values), default=0.0)
     units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
     unit, letter = next((unit for unit in units if largest >= unit[0]), units[-1])
-    return [f"{value / unit:.6g}{letter}" if value else "0" for value in values]
+    return [f"{value / unit:.6g}{letter}".replace("-", "−") if value else "0" for value in values]
 
 
 def thinned(points: int, most: int = 240) -> np.ndarray:

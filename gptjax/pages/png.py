@@ -12,12 +12,14 @@ from gptjax.pages.plots import DASHES, LIGHT, LinePlot, Plot, RowPlot, count_tex
 _GREY = "#9aa0ac"
 
 
-def check_matplotlib(what: str) -> None:
-    """Raises `UserError` where it is absent; `what` needs it, and says how to do without."""
+def check_matplotlib(what: str, otherwise: str = "") -> None:
+    """Raises `UserError` where it is absent: `what` needs it, `otherwise` says how to do without."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError(f"{what} needs the package matplotlib, which is not installed: pip install 'gptjax[plot]'.") from None
+        raise UserError(
+            f"{what} needs the package matplotlib, which is not installed: pip install 'gptjax[plot]'{otherwise}."
+        ) from None
 
 
 def png(plot: Plot) -> bytes:

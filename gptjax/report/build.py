@@ -189,10 +189,11 @@ def _runs(report: Report) -> list[Block]:
     for group, items in zip(report.groups, report.figures, strict=True):
         for run, item in zip(group.runs, items, strict=True):
             state = run.unfinished or "done"
-            shown = fixed(item.value, places) if item.value is not None else Cell(item.missing, faint=True)
+            why_not = "—" if item.missing == state else item.missing
+            shown = fixed(item.value, places) if item.value is not None else Cell(why_not, faint=True)
             rows.append((Cell(str(group.number), group.number), str(run.seed), state, shown, run.folder.name))
     head = ("group", "seed", "state", report.metric, "folder")
-    found: list[Block] = [Table("Runs", head, tuple(rows[:MOST_RUNS]), frozenset({1, 3}), frozenset({4}), names=False)]
+    found: list[Block] = [Table("Every run", head, tuple(rows[:MOST_RUNS]), frozenset({1, 3}), frozenset({4}), names=False)]
     if len(rows) > MOST_RUNS:
         found.append(Text(f"The first {MOST_RUNS} of {len(rows)}; runs.csv has them all.", "note"))
     why = [f"{run.folder.name}: {said}" for group in report.groups for run in group.runs if (said := run.why)]

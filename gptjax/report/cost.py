@@ -70,10 +70,10 @@ def cost(groups: Sequence[Group], adapted: Adapted) -> list[Block]:
     )
     if unfinished:
         said += f" {plural(unfinished, 'run')} that did not finish: counted as far as the metrics go, on one device."
-    return [Table("Cost", head, tuple(rows), frozenset(range(1, 7))), Text(said, "note")]
+    return [Table("Cost by group", head, tuple(rows), frozenset(range(1, 7))), Text(said, "note")]
 
 
 def _cells(runs: int, own: Cost) -> tuple[str, ...]:
     rate = f"{own.tokens / own.seconds:,.0f}" if own.seconds else "—"
-    flops = f"{own.flops:.3g}" if own.flops else "—"
+    flops = f"{own.flops:.3g}".replace("e+", "e") if own.flops else "—"
     return (str(runs), format_count(own.tokens), flops, format_seconds(own.seconds), f"{own.device_seconds / 3600:.3g}", rate)

@@ -146,7 +146,7 @@ def _difference_plot(report: Report, tested: list[Comparison], name: str, higher
         assert c.paired is not None
         of_a, of_b = report.values(c.a), report.values(c.b)
         dots = tuple(of_b[seed] - of_a[seed] for seed in c.seeds)
-        label = f"{c.b.number} − {c.a.number}: {c.b.label} less {c.a.label}"
+        label = f"{c.b.number} − {c.a.number}: {_values(c.b)} less {_values(c.a)}"
         note = f"{c.winner.number} better" if c.winner else "no winner"
         rows.append(Row(label, c.paired.difference, *c.paired.interval, dots, 0, note, strong=c.winner is not None))
     alt = f"Differences of {report.metric} between pairs of groups with their intervals, as in the table below"
@@ -156,6 +156,11 @@ def _difference_plot(report: Report, tested: list[Comparison], name: str, higher
         f"{better.title()} of the line the first named is better. A full dot: compare names a winner; a hollow one: it does not."
     )
     return Figure(f"{name}_differences", RowPlot(alt, f"difference of {report.metric}", tuple(rows), zero=0.0), caption)
+
+
+def _values(group: Group) -> str:
+    """The label without its keys, which are the same in all."""
+    return ", ".join(part.partition("=")[2] or part for part in group.label.split(", "))
 
 
 def _pair_table(report: Report, tested: list[Comparison]) -> Table:

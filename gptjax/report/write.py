@@ -24,7 +24,7 @@ def check_formats(formats: Sequence[str]) -> None:
         if name not in FORMATS:
             raise UserError(f"--formats names {name!r}; it may name {', '.join(FORMATS)}.")
     if "markdown" in formats:
-        check_matplotlib("--formats=markdown, which draws PNGs,")
+        check_matplotlib("--formats=markdown", ", or leave it out: --formats=html,csv")
 
 
 def write_report(
