@@ -20,7 +20,8 @@ def plain(text: str) -> str:
     """Text such that Markdown shows it as it is: one line, with its signs escaped."""
     line = " ".join(text.split())
     line = re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", line)
-    return re.sub(r"^([#+-]|\d+[.)])(?=\s)", r"\\\1", line)
+    line = re.sub(r"^([#+-])(?=\s)", r"\\\1", line)
+    return re.sub(r"^(\d+)([.)])(?=\s)", r"\1\\\2", line)
 
 
 def _block(block: Block, figures: str) -> str:

@@ -101,7 +101,7 @@ rect.bar {{ fill: var(--own); }}
   body {{ max-width: none; padding: 0; font-size: 9.5pt; }}
   nav, .skip {{ display: none; }} .scroll {{ overflow: visible; }} .wide {{ display: block; }} .narrow {{ display: none; }}
   tr, svg, figure, .quote, .answer {{ break-inside: avoid; }} h2, h3, caption {{ break-after: avoid; }}
-  table {{ font-size: 8.5pt; }} th, td {{ padding: .2rem .4rem; }}
+  table {{ font-size: 8.5pt; }} thead th {{ font-size: .92em; }} th, td {{ padding: .2rem .4rem; }}
   .long {{ min-width: 0; }} .text {{ min-width: 0; max-width: 24rem; }}
   .answer, .warning, code, pre, td, rect, svg * {{ -webkit-print-color-adjust: exact; print-color-adjust: exact; }} }}
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -22,16 +21,13 @@ class Browser:
     """Context manager of one Chromium with one page. `events` are all since the last `open`."""
 
     def __init__(self, profile: pathlib.Path):
-        own, its = os.pipe(), os.pipe()  # to it on its descriptor 3, from it on its 4
-        script = f'exec "$0" "$@" 3<&{own[0]} 4>&{its[1]}'
+        script = 'exec "$0" "$@" 3<&0 4>&1 </dev/null >/dev/null'  # it hears commands on its descriptor 3, and answers on 4
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
         flags += ["--disable-extensions", "--no-first-run", "--disable-background-networking", f"--user-data-dir={profile}"]
         command = ["sh", "-c", script, str(find_chromium()), *flags, "about:blank"]
         with open(profile.with_suffix(".log"), "wb") as log:
-            self._process = subprocess.Popen(command, pass_fds=(own[0], its[1]), stdout=log, stderr=log)
-        os.close(own[0])
-        os.close(its[1])
-        self._write, self._read, self._rest = own[1], its[0], b""
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0)
+        self._rest = b""
         self._count, self._session = 0, ""
         self.events: list[dict[str, Any]] = []
 
@@ -44,9 +40,7 @@ class Browser:
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
-        self._process.wait(timeout=30)
-        os.close(self._write)
-        os.close(self._read)
+        self._process.communicate(timeout=30)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """The answer to one command; events that come before it are kept."""
@@ -54,7 +48,8 @@ class Browser:
         message = {"id": self._count, "method": method, "params": params} | (
             {"sessionId": self._session} if self._session else {}
         )
-        os.write(self._write, json.dumps(message).encode() + b"\0")
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next()
             if answer.get("id") == self._count:
@@ -62,8 +57,9 @@ class Browser:
                 return answer["result"]
 
     def _next(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
         while b"\0" not in self._rest:
-            part = os.read(self._read, 1 << 20)
+            part = self._process.stdout.read(1 << 20)
             assert part, "Chromium ended"
             self._rest += part
         line, _, self._rest = self._rest.partition(b"\0")
