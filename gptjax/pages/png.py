@@ -28,12 +28,14 @@ def png(plot: Plot) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    height = 4.8 if isinstance(plot, LinePlot) else 1.0 + 0.34 * len(plot.rows)
+    named = [one for one in plot.series if one.number] if isinstance(plot, LinePlot) else []
+    height = 4.4 + 0.19 * len(named) if isinstance(plot, LinePlot) else 1.0 + 0.34 * len(plot.rows)
     figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if isinstance(plot, LinePlot):
         _draw_lines(axes, plot)
+        figure.legend(loc="outside lower left", frameon=False, fontsize=8)
     else:
         _draw_rows(axes, plot)
     axes.set_axisbelow(True)
@@ -76,7 +78,6 @@ def _draw_lines(axes: Any, plot: LinePlot) -> None:
     marks = ticks(*plot.x_range, most=7)
     axes.set_xticks(marks, count_texts(marks))
     axes.grid(color="#dddddd", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_rows(axes: Any, plot: RowPlot) -> None:

@@ -160,7 +160,7 @@ def _label(row: Row) -> str:
 
 
 def _row_label(row: Row, left: float, head: float, middle: float, width: int, beside: bool) -> str:
-    room = int((left - 12 if beside else width - 20 - _CHARACTER * len(row.note)) / (_CHARACTER * 0.94))
+    room = int((left - 12 if beside else width - 20 - _CHARACTER * len(row.note)) / _CHARACTER)
     label = _label(row)
     shown = label if len(label) <= room else label[: max(room - 1, 1)] + "…"
     title = f"<title>{escape(label)}</title>" if shown != label else ""

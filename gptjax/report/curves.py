@@ -41,7 +41,12 @@ def curves(report: Report, higher_is_better: bool = False, target: float | None 
         return [Text("No run has two rows of metrics with a loss: there are no curves (evaluate.every_steps).", "note")]
     hidden = len(report.groups) - len(named)
     if hidden > 0:
-        found.append(Text(f"Grey, without a number: the {hidden} groups with worse means. curves.csv has all.", "note"))
+        found.append(
+            Text(
+                f"Grey, without a number: the other {hidden} groups, whose means are worse or not known. curves.csv has all.",
+                "note",
+            )
+        )
     return found
 
 

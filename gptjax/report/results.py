@@ -13,7 +13,9 @@ from gptjax.sweeps.compare import Comparison, Report
 from gptjax.sweeps.groups import Group
 from gptjax.sweeps.statistics import MIN_PAIRS, MOST_SEEDS, student
 
-MOST_ROWS = 40  # of a plot or list; the table has all
+MOST_ROWS = 40  # of a plot; the table has all
+MOST_SENTENCES = 15  # on pairs; the table has all
+MOST_CHARACTERS = 200  # of groups listed in a sentence
 
 
 def mean_interval(values: list[float], confidence: float) -> tuple[float | None, float | None]:
@@ -61,11 +63,14 @@ def answer(report: Report, higher_is_better: bool = False) -> str:
     if not open_:
         others = "the other group" if len(own) == 1 else f"all {len(own)} others"
         whole = len(own) == len(report.groups) - 1
-        return f"{lead}, and is better than {others if whole else joined(g.title for g in beaten)}."
-    return (
-        f"{lead}. It is better than {joined(g.title for g in beaten)}; it is not shown to be better than "
-        f"{joined(g.title for g in open_)}."
-    )
+        return f"{lead}, and is better than {others if whole else _listed(beaten)}."
+    return f"{lead}. It is better than {_listed(beaten)}; it is not shown to be better than {_listed(open_)}."
+
+
+def _listed(groups: list[Group]) -> str:
+    """Numbers and labels, or, where that would be long, the numbers alone."""
+    titles = joined((group.title for group in groups), most=len(groups))
+    return titles if len(titles) <= MOST_CHARACTERS else f"groups {joined((str(g.number) for g in groups), most=12)}"
 
 
 def _other(comparison: Comparison, group: Group) -> Group:
@@ -134,9 +139,10 @@ def _pairs(report: Report, name: str, higher_is_better: bool) -> list[Block]:
     found: list[Block] = [_difference_plot(report, tested, name, higher_is_better), _pair_table(report, tested)]
     if untested:
         found.append(Text(left_out, "note"))
-    found.append(List(tuple(f"{c.a.number} and {c.b.number}: {c.verdict}" for c in tested[:MOST_ROWS])))
-    if len(tested) > MOST_ROWS:
-        found.append(Text(f"The first {MOST_ROWS} of {len(tested)} pairs; comparisons.csv has them all.", "note"))
+    if len(tested) <= MOST_SENTENCES:
+        found.append(List(tuple(f"{c.a.number} and {c.b.number}: {c.verdict}" for c in tested)))
+    else:
+        found.append(Text(f"comparisons.csv has a sentence on each of the {len(tested)} pairs.", "note"))
     return found
 
 
@@ -146,21 +152,25 @@ def _difference_plot(report: Report, tested: list[Comparison], name: str, higher
         assert c.paired is not None
         of_a, of_b = report.values(c.a), report.values(c.b)
         dots = tuple(of_b[seed] - of_a[seed] for seed in c.seeds)
-        label = f"{c.b.number} − {c.a.number}: {_values(c.b)} less {_values(c.a)}"
+        label = f"{c.b.number} − {c.a.number}: {_apart(c.b, c.a)}"
         note = f"{c.winner.number} better" if c.winner else "no winner"
         rows.append(Row(label, c.paired.difference, *c.paired.interval, dots, 0, note, strong=c.winner is not None))
     alt = f"Differences of {report.metric} between pairs of groups with their intervals, as in the table below"
     better = "right" if higher_is_better else "left"
+    cut = f" The first {MOST_ROWS} of {len(tested)} pairs." if len(tested) > MOST_ROWS else ""
     caption = (
         f"Differences paired by seed, with Student's {report.confidence:.0%} interval; small dots are single seeds. "
-        f"{better.title()} of the line the first named is better. A full dot: compare names a winner; a hollow one: it does not."
+        f"{better.title()} of the line the first named is better. A full dot: compare names a winner; a hollow one: "
+        f"it does not.{cut}"
     )
     return Figure(f"{name}_differences", RowPlot(alt, f"difference of {report.metric}", tuple(rows), zero=0.0), caption)
 
 
-def _values(group: Group) -> str:
-    """The label without its keys, which are the same in all."""
-    return ", ".join(part.partition("=")[2] or part for part in group.label.split(", "))
+def _apart(b: Group, a: Group) -> str:
+    """What of b's label and what of a's differ, without the keys, which are the same in both."""
+    parts = list(zip(b.label.split(", "), a.label.split(", "), strict=False))
+    values = [[one.partition("=")[2] or one for one in pair] for pair in parts if pair[0] != pair[1]]
+    return " less ".join(", ".join(side) for side in zip(*values, strict=True))
 
 
 def _pair_table(report: Report, tested: list[Comparison]) -> Table:

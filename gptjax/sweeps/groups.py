@@ -77,16 +77,23 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
 
 
 def _with_vocab_sizes(runs: Sequence[Run]) -> list[Run]:
-    """A trial that never started has no vocabulary's size yet: it takes that of a run whose config is otherwise its own."""
-    settled = [run for run in runs if VOCAB_SIZE in run.knobs]
-    others = {_key({key: value for key, value in run.knobs.items() if key != VOCAB_SIZE}): run for run in reversed(settled)}
-    return [_as_large(run, others.get(_key(run.knobs))) if VOCAB_SIZE not in run.knobs else run for run in runs]
+    """A trial that never started has no vocabulary's size yet: it takes the one that all runs on the same data have."""
+    sizes: dict[str, set[int]] = {}
+    for run in runs:
+        if VOCAB_SIZE in run.knobs:
+            sizes.setdefault(_data_key(run), set()).add(run.knobs[VOCAB_SIZE])
+    return [_as_large(run, sizes.get(_data_key(run), set())) for run in runs]
 
 
-def _as_large(run: Run, other: Run | None) -> Run:
-    if other is None:
+def _data_key(run: Run) -> str:
+    return _key({key: value for key, value in run.knobs.items() if key.startswith("data.")})
+
+
+def _as_large(run: Run, sizes: set[int]) -> Run:
+    if VOCAB_SIZE in run.knobs or len(sizes) != 1:
         return run
-    return dataclasses.replace(run, config=run.config.with_vocab_size(other.config.model.vocab_size), knobs=other.knobs)
+    (size,) = sizes
+    return dataclasses.replace(run, config=run.config.with_vocab_size(size), knobs=run.knobs | {VOCAB_SIZE: size})
 
 
 def _sweep_run(sweep: SweepFolder, name: str, origin: str) -> Run:
