@@ -197,10 +197,21 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "gptjax.plan": ("gptjax.config", "gptjax.model", "gptjax.parallel", "gptjax.train", "gptjax.plan"),
     "gptjax.measures": ("gptjax.config", "gptjax.measures"),
-    "gptjax.analysis": ("gptjax.config", "gptjax.measures", "gptjax.analysis"),
+    "gptjax.pages": ("gptjax.config", "gptjax.pages"),
+    "gptjax.analysis": ("gptjax.config", "gptjax.measures", "gptjax.pages", "gptjax.analysis"),
+    "gptjax.report": (
+        "gptjax.config",
+        "gptjax.pages",
+        "gptjax.report",
+        "gptjax.sweeps",
+        "gptjax.train.flops",
+        "gptjax.train.metrics",
+        "gptjax.train.run",
+    ),
     "gptjax.sweeps": (
         "gptjax.config",
         "gptjax.measures.bootstrap",
+        "gptjax.pages",
         "gptjax.recipes",
         "gptjax.sweeps",
         "gptjax.train.metrics",
@@ -229,7 +240,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "gptjax.config": ("jax", "flax", "optax", "orbax", "grain", "torch", "transformers"),
     **{
         f"gptjax.{name}": ("jax", "flax", "optax", "orbax", "torch", "transformers")
-        for name in ("analysis", "attacks", "data", "measures")
+        for name in ("analysis", "attacks", "data", "measures", "pages", "report")
     },
 }
 

@@ -13,8 +13,9 @@ from gptjax.analysis.charts import confusion_table, interval_bar, reliability_di
 from gptjax.analysis.findings import Findings, Leak
 from gptjax.analysis.predictions import Prediction, TrainText
 from gptjax.analysis.slices import MOST_LABELS, Interval, Slice
-from gptjax.analysis.style import STYLE
 from gptjax.measures.measured import show
+from gptjax.pages import document
+from gptjax.pages.document import note, scroll, table
 
 MOST_CONFUSED = 25  # rows of the confusion matrix
 MOST_ROWS = 40  # labels in the table
@@ -33,29 +34,8 @@ def page(title: str, findings: Findings, predictions: Sequence[Prediction], trai
         ("calibration", "Calibration", _calibration(findings)),
         ("leak", "Leak report", _leak(findings.leak, predictions, train or [])),
     ]
-    links = "".join(f'<a href="#{key}">{name}</a>' for key, name, _ in sections)
-    body = "".join(f'<section id="{key}"><h2>{name}</h2>{text}</section>' for key, name, text in sections)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><header><h1>{escape(title)}</h1>"
-        f"<p>{findings.n:,} predictions, gptjax {escape(gptjax.__version__)}. Intervals are of 95 %.</p>"
-        f"<nav>{links}</nav></header>"
-        f"<main>{body}</main></body></html>\n"
-    )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Cells are HTML already; those in the columns `numbers` stand right."""
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f'<{tag} class="number">{cell}</{tag}>' if place in numbers else f"<{tag}>{cell}</{tag}>"
-            for place, cell in enumerate(row)
-        )
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+    lead = f"{findings.n:,} predictions, gptjax {escape(gptjax.__version__)}. Intervals are of 95 %."
+    return document.document(title, lead, sections)
 
 
 def _reach(low: float | None, high: float | None) -> str:
@@ -67,29 +47,23 @@ def _share(part: Interval) -> str:
     return f"{part.value:.4f} <small>{_reach(part.low, part.high)}</small>" if part.n else "—"
 
 
-def _note(text: str) -> str:
-    return f'<p class="note">{text}</p>'
-
-
 def cut_text(text: str) -> str:
     """Escaped, at most MOST_CHARACTERS of it, and then how long it is."""
-    if len(text) <= MOST_CHARACTERS:
-        return escape(text)
-    return f"{escape(text[:MOST_CHARACTERS])}<em> … cut here, of {len(text):,} characters</em>"
+    return document.cut_text(text, MOST_CHARACTERS)
 
 
 def _summary(findings: Findings) -> str:
     rows = [[escape(m.name), show(m.value), _reach(m.low, m.high), f"{m.n:,}", escape(m.note)] for m in findings.summary]
     kind = "below full score" if findings.scored else "wrong"
     return (
-        _table(["measure", "value", "interval", "n", "note"], rows, (1, 2, 3))
+        table(["measure", "value", "interval", "n", "note"], rows, (1, 2, 3), texts=(4,), names=True)
         + f"<p>{findings.wrong:,} of {findings.n:,} are {kind}.</p>"
     )
 
 
 def _confusion(names: list[str], matrix: np.ndarray) -> str:
     if not names:
-        return _note("Gold and predicted are texts of their own here, or scored, and not labels of a set: there is no matrix.")
+        return note("Gold and predicted are texts of their own here, or scored, and not labels of a set: there is no matrix.")
     cut = ""
     if len(names) > MOST_CONFUSED:
         frequent = np.argsort(-(matrix.sum(axis=1) + matrix.sum(axis=0)), kind="stable")
@@ -97,7 +71,7 @@ def _confusion(names: list[str], matrix: np.ndarray) -> str:
         merge = np.zeros((len(names), MOST_CONFUSED), np.int64)
         merge[keep, np.arange(len(keep))] = 1
         merge[rest, -1] = 1
-        cut = _note(
+        cut = note(
             f"The {len(keep)} most frequent of {len(names)} labels; the other {len(rest)} stand together as “others”, "
             "where confusions among them look right."
         )
@@ -105,12 +79,12 @@ def _confusion(names: list[str], matrix: np.ndarray) -> str:
     order = [(int(matrix[i, j]), i, j) for i in range(len(names)) for j in range(len(names)) if i != j and matrix[i, j]]
     most = [f"{count} × {escape(names[i])} → {escape(names[j])}" for count, i, j in sorted(order, key=lambda row: -row[0])[:5]]
     often = f"<p>Most frequent mistakes (gold → predicted): {'; '.join(most) or 'none'}.</p>"
-    return f'<div class="scroll">{confusion_table(names, matrix)}</div>{often}{cut}'
+    return f"{scroll(confusion_table(names, matrix), 'Confusion')}{often}{cut}"
 
 
 def _labels(findings: Findings) -> str:
     if not findings.labels:
-        return _note("There are no labels to tell apart.")
+        return note("There are no labels to tell apart.")
     rows = [
         [
             escape(row.label),
@@ -121,17 +95,17 @@ def _labels(findings: Findings) -> str:
         ]
         for row in findings.labels[:MOST_ROWS]
     ]
-    table = _table(["label", "gold", "precision", "recall", "F1"], rows, (1, 2, 3, 4))
+    shown = table(["label", "gold", "precision", "recall", "F1"], rows, (1, 2, 3, 4), names=True)
     if len(findings.labels) > MOST_ROWS:
-        table += _note(f"The {MOST_ROWS} most frequent of {len(findings.labels)} labels.")
+        shown += note(f"The {MOST_ROWS} most frequent of {len(findings.labels)} labels.")
     if findings.labels[0].f1.low is None:
-        table += _note("There are too many texts and labels to resample each: F1 has no interval here.")
-    return table
+        shown += note("There are too many texts and labels to resample each: F1 has no interval here.")
+    return shown
 
 
 def _slices(findings: Findings) -> str:
     if not findings.slices:
-        return _note("No part differs from the whole: texts are of one length and label, and no pattern is in some of them only.")
+        return note("No part differs from the whole: texts are of one length and label, and no pattern is in some of them only.")
     overall = findings.summary[0].value
     rows = [_slice_row(part, overall) for part in findings.slices]
     head = ["by", "part", "n", "score", "interval", "", "less that of the rest", ""]
@@ -140,7 +114,7 @@ def _slices(findings: Findings) -> str:
     labels = sum(part.family == "gold label" for part in findings.slices)
     cut = f" Labels are the {MOST_LABELS} most frequent." if labels == MOST_LABELS else ""
     by_chance = max(1, round(0.05 * number))
-    return _table(head, rows, (2, 3, 4, 6)) + _note(
+    return table(head, rows, (2, 3, 4, 6)) + note(
         f"The line in each bar is the score of all. ● marks the {apart} of {number} parts of which the interval of the "
         f"difference excludes 0: about {by_chance} of {number} would by chance alone. Lengths are characters.{cut}"
     )
@@ -162,7 +136,7 @@ def _slice_row(part: Slice, overall: float) -> list[str]:
 
 def _worst(findings: Findings) -> str:
     if not findings.worst:
-        return _note("Nothing is wrong.")
+        return note("Nothing is wrong.")
     sure = findings.worst[0].confidence is not None
     rows = []
     for prediction in findings.worst:
@@ -180,12 +154,12 @@ def _worst(findings: Findings) -> str:
     order = "the surest first" if sure else "in the order of the file"
     lead = "by rising score, then " if findings.scored else ""
     which = f"All {shown} that are wrong" if shown == findings.wrong else f"{shown} of the {findings.wrong:,} that are wrong"
-    return _note(f"{which}, {lead}{order}.") + _table(head, rows, range(4, len(head)))
+    return note(f"{which}, {lead}{order}.") + table(head, rows, range(4, len(head)))
 
 
 def _calibration(findings: Findings) -> str:
     if not findings.bins:
-        return _note("The predictions have no probabilities of labels.")
+        return note("The predictions have no probabilities of labels.")
     rows = [
         [
             f"{row.low:.1f} to {row.high:.1f}",
@@ -197,14 +171,14 @@ def _calibration(findings: Findings) -> str:
         for row in findings.bins
     ]
     head = ["confidence", "n", "mean confidence", "accuracy", "too sure by"]
-    return f'<div class="beside">{reliability_diagram(findings.bins)}<div>{_table(head, rows, (1, 2, 3, 4))}</div></div>' + _note(
+    return f'<div class="beside">{reliability_diagram(findings.bins)}<div>{table(head, rows, (1, 2, 3, 4))}</div></div>' + note(
         "On the dashed line a model is as often right as it says; below it, it is too sure. Grey: how many predictions."
     )
 
 
 def _leak(leak: Leak | None, predictions: Sequence[Prediction], train: Sequence[TrainText]) -> str:
     if leak is None:
-        return _note("No training texts were given (--train=FILE), so that nothing is said about a leak.")
+        return note("No training texts were given (--train=FILE), so that nothing is said about a leak.")
     found = len(leak.matches)
     near = found - leak.exact
     share = f"{100 * found / len(predictions):.2f} %"
@@ -222,7 +196,7 @@ def _leak(leak: Leak | None, predictions: Sequence[Prediction], train: Sequence[
         ]
         if leak.clean.n:
             rows.append(["leaked less clean", "", f"{leak.gap.value:+.4f} <small>{_reach(leak.gap.low, leak.gap.high)}</small>"])
-        parts.append(_table(["part", "n", "score"], rows, (1, 2)))
+        parts.append(table(["part", "n", "score"], rows, (1, 2)))
         pairs = [
             [
                 f"{match.similarity:.3f}",
@@ -232,10 +206,10 @@ def _leak(leak: Leak | None, predictions: Sequence[Prediction], train: Sequence[
             ]
             for match in leak.matches[:MOST_PAIRS]
         ]
-        parts.append(_table(["similarity", "id", "test", "train"], pairs, (0,)))
+        parts.append(table(["similarity", "id", "test", "train"], pairs, (0,)))
         if found > MOST_PAIRS:
-            parts.append(_note(f"The {MOST_PAIRS} most similar of {found:,} pairs; --json has them all."))
+            parts.append(note(f"The {MOST_PAIRS} most similar of {found:,} pairs; --json has them all."))
     if leak.cut:
-        parts.append(_note(f"There is much text: only the first {leak.cut:,} characters of each were compared."))
-    parts.append(_note("A text that a longer training text contains is not found: whole texts are compared."))
+        parts.append(note(f"There is much text: only the first {leak.cut:,} characters of each were compared."))
+    parts.append(note("A text that a longer training text contains is not found: whole texts are compared."))
     return "".join(parts)

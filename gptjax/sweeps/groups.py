@@ -16,12 +16,14 @@ from gptjax.sweeps.folder import SweepFolder
 from gptjax.train.metrics import FILE_NAME, read_metrics
 from gptjax.train.run import read_result
 
-SEED = "train.seed"
+SEED, VOCAB_SIZE = "train.seed", "model.vocab_size"
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's folder. `knobs`: what shapes it, besides the seed, and is not at its default. `unfinished` says why, or ''.
+    """A run's folder. `knobs`: what shapes it, besides the seed, and is not at its default.
+
+    `unfinished` is '' or what became of it in a word or two, `why` a sentence where a sweep knows one.
 
     `origin` is the sweep's folder, or the folder that holds the run's.
     """
@@ -32,6 +34,7 @@ class Run:
     knobs: dict[str, Any]
     result: dict[str, Any]
     unfinished: str = ""
+    why: str = ""
 
     @property
     def seed(self) -> int:
@@ -70,20 +73,40 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     doubles: dict[pathlib.Path, Run] = {}
     for run in runs:
         doubles.setdefault(run.folder.resolve(), run)
-    return list(doubles.values())
+    return _with_vocab_sizes(list(doubles.values()))
+
+
+def _with_vocab_sizes(runs: Sequence[Run]) -> list[Run]:
+    """A trial that never started has no vocabulary's size yet: it takes the one that all runs on the same data have."""
+    sizes: dict[str, set[int]] = {}
+    for run in runs:
+        if VOCAB_SIZE in run.knobs:
+            sizes.setdefault(_data_key(run), set()).add(run.knobs[VOCAB_SIZE])
+    return [_as_large(run, sizes.get(_data_key(run), set())) for run in runs]
+
+
+def _data_key(run: Run) -> str:
+    return _key({key: value for key, value in run.knobs.items() if key.startswith("data.")})
+
+
+def _as_large(run: Run, sizes: set[int]) -> Run:
+    if VOCAB_SIZE in run.knobs or len(sizes) != 1:
+        return run
+    (size,) = sizes
+    return dataclasses.replace(run, config=run.config.with_vocab_size(size), knobs=run.knobs | {VOCAB_SIZE: size})
 
 
 def _sweep_run(sweep: SweepFolder, name: str, origin: str) -> Run:
     folder, state = sweep.trial(name), sweep.observed(name)
     config = from_json(folder / "config.json") if (folder / "config.json").exists() else sweep.requested(name)
-    return _run(folder, origin, config, f"{state.status} ({state.kind})" if state.kind else state.status)
+    return _run(folder, origin, config, f"{state.status} ({state.kind})" if state.kind else state.status, state.why)
 
 
-def _run(folder: pathlib.Path, origin: str, config: Config, otherwise: str) -> Run:
+def _run(folder: pathlib.Path, origin: str, config: Config, otherwise: str, why: str = "") -> Run:
     result = read_result(folder)
     shaping = {key for key, _, field in walk(config) if field.metadata["shapes_run"]}
     knobs = {key: value for key, value in own_knobs(config).items() if key in shaping and key != SEED}
-    return Run(folder, origin, config, knobs, result or {}, "" if result else otherwise)
+    return Run(folder, origin, config, knobs, result or {}, "" if result else otherwise, "" if result else why)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

@@ -31,6 +31,12 @@ Metrics: eval/NAME of the last evaluation, a number of result.json such as secon
 with --target also tokens_to_loss and time_to_loss. A group with runs that have no figure is not named the winner.""",
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="a run's folder or a sweep's")
+    add_comparison(parser)
+    parser.add_argument("--plot", metavar="FILE.png", help="draws the curves with bands (extra: plot)")
+
+
+def add_comparison(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say what is compared, and how."""
     parser.add_argument(
         "--metric", default="eval/loss", metavar="NAME", help="figure of each run (default eval/loss, the last one)"
     )
@@ -40,15 +46,19 @@ with --target also tokens_to_loss and time_to_loss. A group with runs that have 
         "--baseline", type=count, default=0, metavar="N", help="compare with this group only (default: all pairs)"
     )
     parser.add_argument("--confidence", type=share, default=0.95, metavar="SHARE", help="of the intervals (default 0.95)")
-    parser.add_argument("--plot", metavar="FILE.png", help="draws the curves with bands (extra: plot)")
+
+
+def check_confidence(confidence: float) -> None:
+    """Raises `UserError` where no interval has it."""
+    if not confidence < 1:
+        raise UserError(f"--confidence={confidence} must be below 1.")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from gptjax.sweeps import compare as comparing
     from gptjax.sweeps.groups import TO_LOSS, group_runs, read_runs
 
-    if not arguments.confidence < 1:
-        raise UserError(f"--confidence={arguments.confidence} must be below 1.")
+    check_confidence(arguments.confidence)
     groups = group_runs(read_runs(arguments.folders))
     metrics = [arguments.metric, *(name for name in TO_LOSS if arguments.target is not None and name != arguments.metric)]
     reports = [

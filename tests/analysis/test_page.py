@@ -16,7 +16,7 @@ from gptjax.cli import main
 from gptjax.measures.bootstrap import Bootstrap
 from tests.analysis.test_findings import QUICK, make
 
-EMPTY = {"meta", "line", "circle", "rect"}
+EMPTY = {"meta", "link", "line", "circle", "rect", "path"}
 
 
 class Balanced(html.parser.HTMLParser):
@@ -33,7 +33,7 @@ class Balanced(html.parser.HTMLParser):
         if tag not in EMPTY:
             self.open.append(tag)
         assert not any(name.startswith("on") or name == "src" for name, _ in attrs)
-        assert all((value or "").startswith("#") for name, value in attrs if name == "href")
+        assert all((value or "").startswith("#") or value == "data:," for name, value in attrs if name == "href")
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in EMPTY:
