@@ -138,7 +138,7 @@ def hidden_states(
     one. `of_heads`: a list of them, of all prediction heads. `nudges_BTE`: what is added to the tokens' embeddings.
     """
     leading, example = num_leading(config, params), with_leading(config, params, example)
-    decoder = composed(config, params)
+    decoder = composed(config, params, dropout_keys)
     found: Any = Decoder(config.model).apply(
         {"params": decoder if nudges_BTE is None else adversarial.nudged(decoder, nudges_BTE, leading)},
         example.inputs,
@@ -245,7 +245,8 @@ def _router_metrics(sums: Metrics, weight: jax.Array) -> Metrics:
 def _dropout_keys(config: Config, seed: jax.Array, step: jax.Array) -> Any:
     """One key a row of the global batch, [B, 2]: dropout does not depend on how the batch is split."""
     model = config.model
-    if not (model.embedding_dropout or model.attention_dropout or model.residual_dropout or model.stochastic_depth):
+    rates = model.embedding_dropout, model.attention_dropout, model.residual_dropout, model.stochastic_depth
+    if not any((*rates, config.adapter.dropout)):
         return None
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), DROPOUT), step)
     return primitives.row_keys(key, jnp.arange(config.data.batch_size))
