@@ -23,6 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptjax.adapters": ("gptjax.config", "gptjax.model", "gptjax.parallel.sharding", "gptjax.adapters"),
     "gptjax.adapters.peft": ("gptjax.config", "gptjax.model", "gptjax.interop", "gptjax.adapters"),
     "gptjax.train.objectives": ("gptjax.config",),
+    "gptjax.train.adversarial": ("gptjax.config", "gptjax.model", "gptjax.parallel.sharding"),
     "gptjax.train.groups": ("gptjax.config", "gptjax.model.parameterization"),
     **{f"gptjax.train.{rule}": () for rule in ("soap", "sophia", "prodigy")},
     "gptjax.train.optimizers": (
@@ -93,6 +94,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.model",
         "gptjax.parallel",
         "gptjax.tasks.losses",
+        "gptjax.train.adversarial",
         "gptjax.train.groups",
         "gptjax.train.loss",
         "gptjax.train.objectives",

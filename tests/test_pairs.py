@@ -118,44 +118,45 @@ ELSEWHERE = {
 }
 
 Pair = frozenset[tuple[str, str]]
+Factors = dict[str, dict[str, Settings]]
 
 
-def all_pairs() -> Iterator[Pair]:
-    for (a, options), (b, others) in itertools.combinations(FACTORS.items(), 2):
+def all_pairs(factors: Factors = FACTORS) -> Iterator[Pair]:
+    for (a, options), (b, others) in itertools.combinations(factors.items(), 2):
         for option, other in itertools.product(options, others):
             yield frozenset({(a, option), (b, other)})
 
 
-def settings(options: dict[str, str]) -> Settings:
+def settings(options: dict[str, str], factors: Factors = FACTORS) -> Settings:
     """What switches all of these options on. Raises `KeyError` where two of them want a knob to be different things."""
     found: Settings = {}
     for factor, option in options.items():
-        for key, value in FACTORS[factor][option].items():
+        for key, value in factors[factor][option].items():
             if found.setdefault(key, value) != value:
                 raise KeyError(key)
     return found
 
 
-def config_of(options: dict[str, str]) -> Config:
+def config_of(options: dict[str, str], factors: Factors = FACTORS) -> Config:
     """The small config with these options. Raises `UserError` as the door does."""
     values: dict[str, Any] = {}
-    for key, value in (SIZES | settings(options)).items():
+    for key, value in (SIZES | settings(options, factors)).items():
         group, leaf = key.split(".")
         values.setdefault(group, {})[leaf] = value
     return schema.from_dict(values)
 
 
-def refusal(pair: Pair) -> str:
+def refusal(pair: Pair, factors: Factors = FACTORS) -> str:
     """What the door says to the two options, each with what it needs of its own; "" where it lets them through."""
     (a, option), (b, other) = sorted(pair)
     try:
-        config_of({a: option, b: other})
+        config_of({a: option, b: other}, factors)
     except UserError as error:
         return str(error)
     except KeyError:  # one needs what the other is not: then the bare knobs must be refused
-        bare = {a: FACTORS[a][option][a], b: FACTORS[b][other][b]}
+        bare = {a: factors[a][option][a], b: factors[b][other][b]}
         values: dict[str, Any] = {}
-        for key, value in (SIZES | FACTORS[a][option] | bare).items():
+        for key, value in (SIZES | factors[a][option] | bare).items():
             group, leaf = key.split(".")
             values.setdefault(group, {})[leaf] = value
         try:
@@ -170,14 +171,14 @@ def names_both(sentence: str, pair: Pair) -> bool:
     return all(factor in sentence and option in sentence for factor, option in pair)
 
 
-def covering_rows(pairs: set[Pair], seed: int = 0) -> Iterator[dict[str, str]]:
+def covering_rows(pairs: set[Pair], seed: int = 0, factors: Factors = FACTORS) -> Iterator[dict[str, str]]:
     """Rows, each an option for every factor, that together hold all of `pairs`, which the door lets through.
 
     Sets of options are bits of whole numbers. Options that go together two by two have always gone together, so the door is
     asked about the whole row, and about each step of it only where it refused that.
     """
     draw = random.Random(seed)
-    names = [(factor, option) for factor, options in FACTORS.items() for option in options]
+    names = [(factor, option) for factor, options in factors.items() for option in options]
     number = {name: place for place, name in enumerate(names)}
     partners = [0] * len(names)
     for a, b in pairs:
@@ -189,13 +190,13 @@ def covering_rows(pairs: set[Pair], seed: int = 0) -> Iterator[dict[str, str]]:
     def chosen(first: int, second: int, at_the_door: bool) -> dict[str, str]:
         row = dict((names[first], names[second]))
         taken = 1 << first | 1 << second
-        others = [factor for factor in FACTORS if factor not in row]
+        others = [factor for factor in factors if factor not in row]
         draw.shuffle(others)
         for factor in others:
-            options = [number[factor, option] for option in FACTORS[factor]]
+            options = [number[factor, option] for option in factors[factor]]
             fitting = [one for one in options if not taken & ~partners[one]]
             for one in sorted(fitting, key=lambda one: (-(left[one] & taken).bit_count(), draw.random())):
-                if not at_the_door or _passes(row | dict([names[one]])):
+                if not at_the_door or _passes(row | dict([names[one]]), factors):
                     row |= dict([names[one]])
                     taken |= 1 << one
                     break
@@ -206,7 +207,7 @@ def covering_rows(pairs: set[Pair], seed: int = 0) -> Iterator[dict[str, str]]:
     while in_order := [(a, b) for a, b in in_order if left[a] >> b & 1]:
         first, second = draw.choice(in_order)
         row = chosen(first, second, at_the_door=False)
-        if not _passes(row):
+        if not _passes(row, factors):
             row = chosen(first, second, at_the_door=True)
         taken = sum(1 << number[name] for name in row.items())
         for name in row.items():
@@ -214,9 +215,9 @@ def covering_rows(pairs: set[Pair], seed: int = 0) -> Iterator[dict[str, str]]:
         yield row
 
 
-def _passes(row: dict[str, str]) -> bool:
+def _passes(row: dict[str, str], factors: Factors = FACTORS) -> bool:
     try:
-        config_of(row)
+        config_of(row, factors)
     except (UserError, KeyError):
         return False
     return True
@@ -237,6 +238,10 @@ def test_every_knob_with_choices_is_a_factor() -> None:
 
 
 def test_a_refusal_names_both_options(refusals: dict[Pair, str]) -> None:
+    check_names(refusals)
+
+
+def check_names(refusals: dict[Pair, str]) -> None:
     silent = {
         " with ".join("=".join(one) for one in sorted(pair)): said
         for pair, said in refusals.items()
@@ -260,14 +265,16 @@ def two_steps(config: Config) -> list[tuple[Any, dict[str, Any]]]:
         return [jax.device_get(step(state, batch)) for _ in range(2)]
 
 
-def check_rows(refusals: dict[Pair, str], part: int, capsys: pytest.CaptureFixture) -> None:
-    """A step of each row of this part of two, which are files of their own so that two processes share them."""
+def check_rows(
+    refusals: dict[Pair, str], part: int, capsys: pytest.CaptureFixture, factors: Factors = FACTORS, parts: int = 2
+) -> None:
+    """A step of each row of this part of `parts`, which are files of their own so that two processes share them."""
     allowed = {pair for pair, said in refusals.items() if not said}
-    rows = list(covering_rows(allowed))
+    rows = list(covering_rows(allowed, factors=factors))
     covered = {frozenset(two) for row in rows for two in itertools.combinations(row.items(), 2)}
     assert covered >= allowed
-    for row in rows[part::2]:
-        (state, metrics), again = two_steps(config_of(row))
+    for row in rows[part::parts]:
+        (state, metrics), again = two_steps(config_of(row, factors))
         said = f"the row {row}"
         assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"]) and not metrics["nonfinite_steps"], said
         assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(state.params)), said
@@ -275,8 +282,8 @@ def check_rows(refusals: dict[Pair, str], part: int, capsys: pytest.CaptureFixtu
             assert np.asarray(one).tobytes() == np.asarray(other).tobytes(), said
     with capsys.disabled():
         print(
-            f"\n{len(FACTORS)} knobs, {len(refusals):,} pairs of options: {len(allowed):,} trained in {len(rows)} steps, "
-            f"{len(rows[part::2])} of them here, {len(refusals) - len(allowed):,} refused"
+            f"\n{len(factors)} knobs, {len(refusals):,} pairs of options: {len(allowed):,} trained in {len(rows)} steps, "
+            f"{len(rows[part::parts])} of them here, {len(refusals) - len(allowed):,} refused"
         )
 
 

@@ -5,6 +5,7 @@ Both look at what is there: parameters into which adapters have been merged are 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +15,12 @@ import jax.numpy as jnp
 from gptjax.adapters.attach import rescales_inputs
 from gptjax.adapters.nodes import Extended, Frozen, Int8, LowRank, Prefixed, Rescaled
 from gptjax.config import Config
+from gptjax.model import primitives
 
 
-def composed(config: Config, params: Any) -> Any:
-    """The decoder's parameters for a computation: where an adapter changes a kernel stands a `LinearMap` of both.
+def composed(config: Config, params: Any, dropout_keys: jax.Array | None = None) -> Any:
+    """The decoder's parameters for a computation: where an adapter changes a kernel stands a `LinearMap` of both. `dropout_keys`,
+    uint32 [B, 2]: one of each row that is computed; None: no dropout.
 
     What is no parameter of the decoder's ("adapters", "task_heads") is left out. Nothing is computed here but biases, which IA3
     multiplies too.
@@ -26,33 +29,39 @@ def composed(config: Config, params: Any) -> Any:
     if config.adapter.method == "none":
         return decoder
     adapters = params.get("adapters", {})
-    decoder["layers"] = _composed(config, decoder["layers"], adapters.get("layers", {}))
+    keys = dropout_keys if config.adapter.dropout else None
+    decoder["layers"] = _composed(config, decoder["layers"], adapters.get("layers", {}), keys)
     if prompt := adapters.get("embed"):
         table = Extended(decoder["embed"]["tokens"], prompt["prompt"], config.model.dtype)
         decoder["embed"] = decoder["embed"] | {"tokens": table}
     return decoder
 
 
-def _composed(config: Config, layers: Any, adapters: Any) -> Any:
+def _composed(config: Config, layers: Any, adapters: Any, keys: jax.Array | None) -> Any:
+    """`keys` are those of a shared first factor; whatever stands below has its own, by its name."""
     made = {}
     for name, value in layers.items():
         if isinstance(value, Mapping) and name != "experts":
             own = adapters.get(name, {})
+            own_keys = None if keys is None else primitives.fold_in(keys, zlib.crc32(name.encode()))
             if "kernel" in value:
-                value = _projection(config, name, value, own, adapters.get("lora_a"))
+                own_keys = own_keys if "lora_a" in own else keys
+                value = _projection(config, name, value, own, adapters.get("lora_a"), own_keys)
             else:
-                value = _composed(config, value, own)
+                value = _composed(config, value, own, own_keys)
         made[name] = value
     return made
 
 
-def _projection(config: Config, name: str, own: Any, adapter: Any, shared_a: jax.Array | None) -> Any:
+def _projection(config: Config, name: str, own: Any, adapter: Any, shared_a: jax.Array | None, keys: jax.Array | None) -> Any:
     """A projection's parameters, with what stands in its kernel's place."""
     kernel, dtype = own["kernel"], config.model.dtype
     base = Int8(kernel["codes"], kernel["scale"]) if isinstance(kernel, Mapping) else kernel
     if "lora_b" in adapter:
         factors = adapter.get("lora_a", shared_a), adapter["lora_b"], adapter.get("magnitude")
-        return own | {"kernel": LowRank(base, *factors, config.adapter.scale, dtype)}
+        layers = jnp.arange(config.model.num_layers)[:, None]
+        keys_LB2 = None if keys is None else primitives.fold_in(keys[None], layers)
+        return own | {"kernel": LowRank(base, *factors, config.adapter.scale, dtype, keys_LB2, config.adapter.dropout)}
     if "prefix" in adapter:
         return own | {"kernel": Prefixed(base, adapter["prefix"], dtype)}
     if "rescale" in adapter:

@@ -67,6 +67,7 @@ class Frozen(LinearMap):
 class LowRank(LinearMap):
     """x W + scale * (x A) B (LoRA, Hu et al., 2021); with a magnitude, its columns as long as that says (DoRA, Liu et al., 2024).
 
+    With keys, A reads x with elements dropped; DoRA then adds to x W what it changes of the dropped x's product, as PEFT does.
     W + scale A B is never made. The length of its columns, which DoRA divides by, follows from products of rank R:
     |w + s a|^2 = |w|^2 + 2 s w.a + s^2 a.a with a = A b. No gradient goes through it, as in section 4.3 of the paper.
     """
@@ -77,12 +78,21 @@ class LowRank(LinearMap):
     magnitude: jax.Array | None  # float32 [*out]
     scale: float = struct.field(pytree_node=False)
     dtype: str = struct.field(pytree_node=False)
+    keys: jax.Array | None = None  # uint32 [B, 2], of the rows of x [B, ..., *in]; None: no dropout
+    dropout: float = struct.field(pytree_node=False, default=0.0)
 
     def __call__(self, x: jax.Array, contracted: int = 1) -> jax.Array:
         dtype = jnp.dtype(self.dtype)
-        low = primitives.linear(x, self.a, contracted, dtype)
-        y = product(x, self.base, contracted, dtype) + self.scale * primitives.linear(low, self.b, 1, dtype).astype(jnp.float32)
-        return y if self.magnitude is None else y * (self.magnitude / self.lengths(contracted))
+        dropped = primitives.dropout(x, self.dropout, self.keys)
+        low = primitives.linear(dropped, self.a, contracted, dtype)
+        update = self.scale * primitives.linear(low, self.b, 1, dtype).astype(jnp.float32)
+        y = product(x, self.base, contracted, dtype)
+        if self.magnitude is None:
+            return y + update
+        ratio = self.magnitude / self.lengths(contracted)
+        if self.keys is None:
+            return (y + update) * ratio
+        return y + (ratio - 1) * product(dropped, self.base, contracted, dtype) + ratio * update
 
     def lengths(self, contracted: int) -> jax.Array:
         """float32 [*out]: the columns' lengths of W + scale A B, which carry no gradient."""

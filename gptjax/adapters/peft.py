@@ -198,6 +198,7 @@ def _read_low_rank(values: Any, tensors: _File, modules: Any, model: ModelConfig
                 lengths_LO = _stacked(tensors, module, "lora_magnitude_vector", (outputs,), model)
                 flat[f"{part.path}/magnitude"] = np.stack([_out_of_file(*out, one, part.part, size) for one in lengths_LO])
     knobs: dict[str, Any] = {"method": "dora" if has_magnitude else "lora", "rank": rank, "alpha": float(values["lora_alpha"])}
+    knobs |= {"dropout": float(values.get("lora_dropout") or 0.0)}
     knobs |= {"rank_stabilised": bool(values.get("use_rslora")), "shared_input": shares, "targets": _exactly(targets)}
     return knobs, flat
 
@@ -333,7 +334,7 @@ def _write_low_rank(config: Config, flat: Flat, modules: Any, params: Any) -> tu
             if magnitudes:
                 vector = _into_file(first.outputs, first.file_outputs, magnitudes, size)
                 arrays[f"{name}.lora_magnitude_vector"] = vector
-    values = {"peft_type": "LORA", "r": c.rank, "lora_alpha": c.alpha, "lora_dropout": 0.0, "bias": "none"}
+    values = {"peft_type": "LORA", "r": c.rank, "lora_alpha": c.alpha, "lora_dropout": c.dropout, "bias": "none"}
     values |= {"use_rslora": c.rank_stabilised, "use_dora": c.method == "dora"}
     values |= {"target_modules": [_short(module) for module in targeted], "fan_in_fan_out": _is_conv1d(modules)}
     return values, arrays

@@ -44,6 +44,13 @@ class AdapterConfig:
     rank: int = knob(8, "lora, dora: rank of an update.", at_least=1)
     alpha: float = knob(16.0, "lora, dora: an update is multiplied by alpha / rank.", above=0)
     rank_stabilised: bool = knob(False, "lora, dora: by alpha / sqrt(rank) in its place (rsLoRA, Kalajdzievski, 2023).")
+    dropout: float = knob(
+        0.0,
+        "lora, dora: share of the inputs of an update that a training step leaves out, while the frozen kernel sees all (PEFT's "
+        "lora_dropout); one mask for all that share a first factor.",
+        at_least=0,
+        below=1,
+    )
     shared_input: bool = knob(
         False,
         "lora, dora: queries, keys and values share the first factor of their updates, as they do in PEFT where a model has the "
@@ -87,6 +94,13 @@ def check(config: Config) -> None:
         raise UserError(f"adapter.base=int8 freezes the decoder's kernels, but {method} has nothing to train in their place.")
     if adapter.targets and adapter.method not in DEFAULT_TARGETS:
         raise UserError(f"adapter.targets is for {', '.join(DEFAULT_TARGETS)}, not for {method}; leave it empty.")
+    if adapter.dropout and adapter.method not in LOW_RANK:
+        raise UserError(f"adapter.dropout={adapter.dropout} is for {' and '.join(LOW_RANK)}, not for {method}; set it to 0.")
+    if adapter.dropout and config.mesh.stage != 1:
+        raise UserError(
+            f"adapter.dropout={adapter.dropout} draws masks by row of the batch, which mesh.stage={config.mesh.stage} cuts up; "
+            "set one of them back."
+        )
     for pattern in adapter.targets:
         try:
             re.compile(pattern)

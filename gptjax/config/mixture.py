@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptjax.config.knobs import UserError
@@ -25,13 +25,7 @@ _SETTINGS = (*_OWN, "train_split", "eval_split", "text_field", "split_by", "eval
 def mixture_sources(data: DataConfig) -> dict[str, DataConfig]:
     """{source's name: the knobs of it alone}, in the order of `data.mixture`. Raises `UserError`."""
     found: dict[str, DataConfig] = {}
-    for item in data.mixture:
-        name, equals, what = item.partition("=")
-        kind, _, place = what.partition(":")
-        if not equals or not NAME.fullmatch(name):
-            raise UserError(f"data.mixture: {item!r} must be NAME=SOURCE or NAME=SOURCE:PATH, NAME of letters, digits, - and _.")
-        if name in found:
-            raise UserError(f"data.mixture names {name} twice.")
+    for item, name, kind, place in members("data.mixture", data.mixture, "NAME=SOURCE or NAME=SOURCE:PATH"):
         _check_choice(f"data.mixture: the source of {name}", "source", data, kind)
         if kind == "stdlib" and place:
             raise UserError(f"data.mixture: {item!r} gives a path to stdlib, which has none.")
@@ -49,30 +43,61 @@ def mixture_sources(data: DataConfig) -> dict[str, DataConfig]:
 
 
 def _lay_settings(data: DataConfig, found: dict[str, DataConfig]) -> None:
-    given: set[str] = set()
-    for item in data.mixture_settings:
-        key, equals, text = item.partition("=")
-        name, dot, setting = key.partition(".")
-        if not (equals and dot):
-            raise UserError(f"data.mixture_settings: {item!r} must be NAME.SETTING=VALUE, as in chat.text_field=body.")
-        check_name("data.mixture_settings", name, tuple(found))
-        if setting not in _SETTINGS:
-            hint = nearest(setting, _SETTINGS) or f"; a source has of its own {', '.join(_SETTINGS)}."
-            raise UserError(f"data.mixture_settings: {key} is no setting of a source{hint}")
-        if key in given or (setting in _OWN and getattr(found[name], setting)):
-            raise UserError(f"data.mixture_settings: {key} is given twice.")
-        given.add(key)
-        _check_choice(f"data.mixture_settings: {key}", setting, data, text)
+    where = "data.mixture_settings"
+    else_known = f"; a source has of its own {', '.join(_SETTINGS)}."
+    given = own_settings(where, data.mixture_settings, tuple(found), _SETTINGS, "source", "chat.text_field=body", else_known)
+    for name, setting, text in given:
+        key = f"{name}.{setting}"
+        if setting in _OWN and getattr(found[name], setting):
+            raise UserError(f"{where}: {key} is given twice.")
+        _check_choice(f"{where}: {key}", setting, data, text)
         value: str | float = text
         if setting == "eval_fraction":
-            value = _number(f"data.mixture_settings: {item!r}", text)
+            value = _number(f"{where}: '{key}={text}'", text)
             if not 0 < value < 1:
-                raise UserError(f"data.mixture_settings: {item!r} must be above 0 and below 1.")
+                raise UserError(f"{where}: '{key}={text}' must be above 0 and below 1.")
         found[name] = _with(found[name], setting, value)
 
 
 def _with(alone: DataConfig, setting: str, value: Any) -> DataConfig:
     return dataclasses.replace(alone, **{setting: value})
+
+
+def members(key: str, items: Sequence[str], form: str) -> Iterator[tuple[str, str, str, str]]:
+    """(item, NAME, KIND, PLACE) of each NAME=KIND or NAME=KIND:PLACE that the knob `key` holds; `form`: what an item must be.
+    Raises `UserError`.
+    """
+    names: set[str] = set()
+    for item in items:
+        name, equals, what = item.partition("=")
+        kind, _, place = what.partition(":")
+        if not equals or not NAME.fullmatch(name):
+            raise UserError(f"{key}: {item!r} must be {form}, NAME of letters, digits, - and _.")
+        if name in names:
+            raise UserError(f"{key} names {name} twice.")
+        names.add(name)
+        yield item, name, kind, place
+
+
+def own_settings(
+    key: str, items: Sequence[str], names: tuple[str, ...], settings: Sequence[str], what: str, example: str, known: str = "."
+) -> Iterator[tuple[str, str, str]]:
+    """(NAME, SETTING, VALUE) of each NAME.SETTING=VALUE that the knob `key` holds, the names being those of `what`; `known` ends
+    the message where no setting is near. Raises `UserError`.
+    """
+    given: set[str] = set()
+    for item in items:
+        place, equals, text = item.partition("=")
+        name, dot, setting = place.partition(".")
+        if not (equals and dot):
+            raise UserError(f"{key}: {item!r} must be NAME.SETTING=VALUE, as in {example}.")
+        check_name(key, name, names, what)
+        if setting not in settings:
+            raise UserError(f"{key}: {place} is no setting of a {what}{nearest(setting, tuple(settings)) or known}")
+        if place in given:
+            raise UserError(f"{key}: {place} is given twice.")
+        given.add(place)
+        yield name, setting, text
 
 
 def mixture_weights(data: DataConfig) -> dict[str, Knots]:

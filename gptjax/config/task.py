@@ -75,6 +75,13 @@ class TaskConfig:
     )
     augment_share: float = knob(1.0, "augment: copies, as a share of the training records.", above=0, at_most=1)
     augment_words: float = knob(0.1, "augment: share of a copy's words that are changed.", above=0, at_most=1)
+    adversarial_norm: float = knob(
+        0.0,
+        "Adversarial training (Miyato et al., 2017): each example costs once more with its tokens' embeddings moved to where its "
+        "loss grows fastest, by this share of their norm; 0: none. A step takes twice the arithmetic.",
+        at_least=0,
+    )
+    adversarial_weight: float = knob(1.0, "adversarial_norm: what the loss of moved examples is multiplied by.", above=0)
     words: str = knob("words", "tagging: the field of the list of words.")
     tags: str = knob("tags", "tagging: the field of the list of their tags.")
     join: str = knob(" ", "tagging: what stands between words; empty: nothing, as in Chinese.")
@@ -225,6 +232,8 @@ def check(config: Config) -> None:
             if getattr(task, key):
                 raise UserError(f"task.{key}={','.join(getattr(task, key))} needs task.mixture, which names the tasks.")
         if task.kind == "none":
+            if task.adversarial_norm:
+                raise UserError(f"task.adversarial_norm={task.adversarial_norm} needs a task, but task.kind=none; set it to 0.")
             return
     elif task.kind != "none" or task.path:
         raise UserError("task.mixture has the kind and the path of each task: leave out task.kind and task.path.")
@@ -240,6 +249,11 @@ def _check_task(config: Config, name: str, task: TaskConfig) -> None:
     """`name` begins the name of a knob in a message."""
     if task.augment and task.kind not in OF_TEXTS:
         raise UserError(f"{name}.augment={task.augment} changes texts as a whole, which {task.kind} does not read; leave it out.")
+    if task.adversarial_norm and task.kind == "preference":
+        raise UserError(
+            f"{name}.adversarial_norm={task.adversarial_norm} moves texts away from those that the initial model was asked "
+            f"about, which {name}.kind=preference compares with; set it to 0."
+        )
     if task.format == "tfds" and not task.tfds_name:
         raise UserError(f"{name}.format=tfds needs {name}.tfds_name, the data set's name.")
     if not task.path:

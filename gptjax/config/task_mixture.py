@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gptjax.config.knobs import UserError, parsed, typed
-from gptjax.config.mixture import NAME, Knots, check_name, nearest, weights_over_run
+from gptjax.config.mixture import Knots, members, nearest, own_settings, weights_over_run
 
 if TYPE_CHECKING:
     from gptjax.config.task import TaskConfig
@@ -24,30 +24,15 @@ def tasks(task: TaskConfig) -> Mapping[str, TaskConfig]:
     alone = dataclasses.replace(task, eval_path="", mixture=(), mixture_settings=(), mixture_weights=())
     kinds = _field(task, "kind").metadata["choices"][1:]
     found: dict[str, TaskConfig] = {}
-    for item in task.mixture:
-        name, equals, what = item.partition("=")
-        kind, _, path = what.partition(":")
-        if not equals or not NAME.fullmatch(name):
-            raise UserError(f"task.mixture: {item!r} must be NAME=KIND:PATH, NAME of letters, digits, - and _.")
-        if name in found:
-            raise UserError(f"task.mixture names {name} twice.")
+    for _, name, kind, path in members("task.mixture", task.mixture, "NAME=KIND:PATH"):
         if kind not in kinds:
-            raise UserError(f"task.mixture: {name} is of kind {kind!r}, which is none of {', '.join(kinds)}{_hint(kind, kinds)}")
+            near = nearest(kind, kinds) or "."
+            raise UserError(f"task.mixture: {name} is of kind {kind!r}, which is none of {', '.join(kinds)}{near}")
         found[name] = dataclasses.replace(alone, kind=kind, path=path)
-    given: set[str] = set()
-    for item in task.mixture_settings:
-        key, equals, text = item.partition("=")
-        name, dot, setting = key.partition(".")
-        if not (equals and dot):
-            raise UserError(f"task.mixture_settings: {item!r} must be NAME.SETTING=VALUE, as in news.label=topic.")
-        check_name("task.mixture_settings", name, tuple(found), "task")
-        names = tuple(field.name for field in dataclasses.fields(task) if field.name not in (*_OF_ALL, "kind", "path"))
-        if setting not in names:
-            raise UserError(f"task.mixture_settings: {key} is no setting of a task{_hint(setting, names)}")
-        if key in given:
-            raise UserError(f"task.mixture_settings: {key} is given twice.")
-        given.add(key)
-        found[name] = dataclasses.replace(found[name], **{setting: _value(task, key, setting, text)})
+    knobs = tuple(field.name for field in dataclasses.fields(task) if field.name not in (*_OF_ALL, "kind", "path"))
+    given = own_settings("task.mixture_settings", task.mixture_settings, tuple(found), knobs, "task", "news.label=topic")
+    for name, setting, text in given:
+        found[name] = dataclasses.replace(found[name], **{setting: _value(task, f"{name}.{setting}", setting, text)})
     return found
 
 
@@ -65,10 +50,6 @@ def _value(task: TaskConfig, key: str, setting: str, text: str) -> Any:
 
 def _field(task: TaskConfig, name: str) -> dataclasses.Field:
     return next(field for field in dataclasses.fields(task) if field.name == name)
-
-
-def _hint(name: str, names: tuple[str, ...]) -> str:
-    return nearest(name, names) or "."
 
 
 def settled(task: TaskConfig, found: Mapping[str, TaskConfig]) -> TaskConfig:

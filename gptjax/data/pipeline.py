@@ -35,6 +35,7 @@ from gptjax.data import cache
 from gptjax.data.cleaning import Cleaned
 from gptjax.data.corruption import Corruption, corruption_of
 from gptjax.data.mixture import Shares
+from gptjax.data.order import MIXTURE, PHASE, epoch_order, philox
 from gptjax.data.packing import Rows, pack, shortened
 from gptjax.data.recall import Deferred, read_or_recall
 from gptjax.data.reserved import reserve, text_tokenizer
@@ -301,7 +302,7 @@ def mixture_of(config: Config, splits: dict[str, Split]) -> Mixture:
     weights = _weights(config, splits)
     epoch_steps = _rows_together(config, splits) / config.data.batch_size
     total_rows = config.stages(epoch_steps).rows(config.duration("train", "duration", epoch_steps))
-    first = int(_philox(config.train.seed, _MIXTURE, 0).random_raw()) >> 1
+    first = int(philox(config.train.seed, MIXTURE, 0).random_raw()) >> 1
     return Mixture(splits, Shares.of([weights[name] for name in splits], total_rows, first))
 
 
@@ -426,37 +427,8 @@ def _epoch_rows(config: Config, split: Split, numbers: np.ndarray) -> tuple[np.n
     rows = np.empty_like(places)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         here = epochs == epoch
-        rows[here] = _epoch_order(config.train.seed, epoch, count, split.source)[places[here]]
+        rows[here] = epoch_order(config.train.seed, epoch, count, split.source)[places[here]]
     return epochs, rows
-
-
-def _epoch_order(seed: int, epoch: int, count: int, source: str = "") -> np.ndarray:
-    """int64 [count], a random order: that of random keys. Numpy promises to keep the bits of Philox, but not its own shuffle."""
-    return _orders(source)(seed, epoch, count)
-
-
-@functools.cache
-def _orders(source: str) -> Callable[[int, int, int], np.ndarray]:
-    """Each source keeps its latest orders itself: of many sources, none must be drawn anew for every batch."""
-
-    @functools.lru_cache(maxsize=4)
-    def draw(seed: int, epoch: int, count: int) -> np.ndarray:
-        order = np.argsort(_philox(seed, _ORDER, epoch, source).random_raw(count), kind="stable")
-        order.flags.writeable = False
-        return order
-
-    return draw
-
-
-_ORDER, _PHASE, _MIXTURE = 1, 2, 3  # purposes, so that no two draw the same numbers
-
-
-def _philox(seed: int, purpose: int, epoch: int, source: str = "") -> np.random.Philox:
-    """Philox 4x64 (Salmon et al. 2011) at the start of one of its streams. A source's depends on its name alone, so that
-    another one beside it changes none of its orders.
-    """
-    stream = int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8).digest()) if source else 0
-    return np.random.Philox(key=np.asarray([seed, purpose], np.uint64), counter=np.asarray([0, 0, epoch, stream], np.uint64))
 
 
 def _window_starts(config: Config, split: Split, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -467,7 +439,7 @@ def _window_starts(config: Config, split: Split, epochs: np.ndarray, rows: np.nd
     room = split.num_tokens - _rows_per_epoch(config, split) * stride - (width - stride) + 1
     if config.data.shuffle:
         for epoch in np.unique(epochs):
-            raw = _philox(config.train.seed, _PHASE, int(epoch), split.source).random_raw()
+            raw = philox(config.train.seed, PHASE, int(epoch), split.source).random_raw()
             phases[epochs == epoch] = int(raw) % room  # the remainder's bias is below 2 * stride / 2**64
     return phases + rows * stride
 

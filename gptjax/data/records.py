@@ -70,9 +70,7 @@ class Records:
         text = f"{len(self)} record{'s' * (len(self) != 1)} of {of}"
         if not self.skipped:
             return text
-        shown = "; ".join(str(row) for row in self.skipped[:SHOWN])
-        more = "; ..." if len(self.skipped) > SHOWN else ""
-        return f"{text}; {_rows(len(self.skipped))} skipped: {shown}{more}"
+        return f"{text}; {skipped_rows(self.skipped)}"
 
 
 def read_records(
@@ -128,7 +126,7 @@ def read_records(
         elif not isinstance(row, str):
             records.append(Record(row, file, line))
         if len(bad) > max_bad:
-            raise UserError(_too_many(bad, max_bad, limit_key))
+            raise UserError(too_many(bad, max_bad, limit_key))
     if not records:
         raise UserError(f"{key}: {paths} holds no record{f': {bad[0]}' if bad else ''}.")
     found = Records(records, bad)
@@ -178,11 +176,15 @@ def _format_of(paths: str, key: str) -> str:
     return next(iter(formats))
 
 
-def _rows(count: int) -> str:
-    return f"{count} bad row{'s' * (count != 1)}"
+def skipped_rows(bad: Sequence[BadRow]) -> str:
+    """'2 bad rows skipped: ...', with the first of them."""
+    shown = "; ".join(map(str, bad[:SHOWN]))
+    more = "; ..." if len(bad) > SHOWN else ""
+    return f"{len(bad)} bad row{'s' * (len(bad) != 1)} skipped: {shown}{more}"
 
 
-def _too_many(bad: Sequence[BadRow], max_bad: int, key: str) -> str:
+def too_many(bad: Sequence[BadRow], max_bad: int, key: str) -> str:
+    """What to say of more bad rows than `max_bad`, the limit that a person knows as `key`."""
     if max_bad == 0:
         return f"{bad[0]}; {key}=0 lets no bad row pass." if key else f"{bad[0]}."
     return f"more than {key}={max_bad} bad row{'s' * (max_bad != 1)}, of which the first: {bad[0]}."

@@ -33,6 +33,10 @@ ASSISTANT = "assistant"
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode assigns no character to these, for good
 
 
+class Refused(UserError):
+    """A conversation that its template cannot write, where it may write others."""
+
+
 class Turns(NamedTuple):
     """A conversation in tokens."""
 
@@ -76,7 +80,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt as text. `variables`: whatever else the template asks for. Raises `UserError` where it refuses."""
+        """The prompt as text. `variables`: whatever else the template asks for. Raises `Refused` where it refuses."""
         return self._render(messages, "", add_generation_prompt, tools, variables)
 
     def encode(
@@ -88,7 +92,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> np.ndarray:
-        """int32 ids of the prompt. Raises `UserError`.
+        """int32 ids of the prompt. Raises `Refused`.
 
         A template spells the begin-of-text token itself; where no text can spell it, `add_bos` puts it in front.
         """
@@ -99,8 +103,8 @@ class ChatTemplate:
     def encode_turns(self, messages: Sequence[Message], add_bos: bool = False) -> Turns:
         """A whole conversation, and what of it the assistant wrote, for training.
 
-        Raises `UserError` as `encode` does, and for a template that has no {% generation %} and writes earlier turns otherwise
-        once later ones follow, so that a model would be asked for other texts than it is trained on.
+        Raises `Refused` as `encode` does, and `UserError` for a template that has no {% generation %} and writes earlier turns
+        otherwise once later ones follow, so that a model would be asked for other texts than it is trained on.
         """
         mark, begin, end = _unsaid(list(messages), 3)
         if self._tells_turns:
@@ -162,7 +166,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # a template is somebody's program: whatever it raises, the answer is one sentence
-            raise UserError(f"{self._where} refuses the conversation: {one_line(error)}.") from error
+            raise Refused(f"{self._where} refuses the conversation: {one_line(error)}.") from error
 
 
 class PlainTemplate:
@@ -180,7 +184,7 @@ class PlainTemplate:
     def encode(
         self, messages: Sequence[Message], add_bos: bool = False, *, add_generation_prompt: bool = True, **_: Any
     ) -> np.ndarray:
-        """int32 ids of the prompt. Raises `UserError` for a content that is no text."""
+        """int32 ids of the prompt. Raises `Refused` for a content that is no text."""
         return self._encoded(messages, add_bos, add_generation_prompt).tokens
 
     def encode_turns(self, messages: Sequence[Message], add_bos: bool = False) -> Turns:
@@ -206,7 +210,7 @@ class PlainTemplate:
         for number, message in enumerate(messages):
             role, content = _checked(message, number)["role"], message.get("content")
             if not isinstance(content, str):
-                raise UserError(f"the content of message {number} of the conversation must be a text for the plain template.")
+                raise Refused(f"the content of message {number} of the conversation must be a text for the plain template.")
             if role == ASSISTANT:
                 turn += 1
                 pieces += [(f"{given}{role}:", 0), (f" {content}{end}", turn)]
@@ -218,11 +222,11 @@ class PlainTemplate:
 
 
 def _unsaid(values: Any, count: int) -> list[str]:
-    """Marks that don't occur in a conversation. Raises `UserError` where there are not so many."""
+    """Marks that don't occur in a conversation. Raises `Refused` where there are not so many."""
     said = json.dumps(values, ensure_ascii=False, default=str)
     marks = [mark for mark in _MARKS if mark not in said][:count]
     if len(marks) < count:
-        raise UserError("the conversation holds nearly every one of U+FDD0 to U+FDEF, which are no characters.")
+        raise Refused("the conversation holds nearly every one of U+FDD0 to U+FDEF, which are no characters.")
     return marks
 
 

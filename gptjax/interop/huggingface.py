@@ -44,7 +44,8 @@ def model_knobs(folder: pathlib.Path) -> Knobs:
 
 # What transformers' classes for tasks add to a model: tensor, and what it is of a head's.
 _TASK_HEADS = {
-    "score.weight": "kernel",  # ...ForSequenceClassification
+    "score.weight": "kernel",  # ...ForSequenceClassification, and Llama's ...ForTokenClassification with a bias
+    "score.bias": "bias",
     "classifier.weight": "kernel",  # ...ForTokenClassification
     "classifier.bias": "bias",
     "qa_outputs.weight": "kernel",  # ...ForQuestionAnswering
@@ -91,8 +92,12 @@ def open_folder(folder: pathlib.Path) -> Foreign:
         raise UserError(f"{path} has a value of the wrong kind: {error}.") from None
     Foreign("", "", path, knobs, Tensors(folder, {}), architecture.rows, bool).config()  # the door's checks
     tensors = safetensors.open_folder(folder)
-    prefix = architecture.prefix if any(name.startswith(architecture.prefix) for name in tensors) else ""
-    head = next((name for name in architecture.heads if name in tensors), architecture.heads[0])
+    prefixes = (architecture.prefix, "transformer.")  # the second is that of LlamaForQuestionAnswering
+    prefix = next((one for one in prefixes if any(name.startswith(one) for name in tensors)), "")
+    found = next((name for name in architecture.heads if name in tensors), None)
+    head = found or architecture.heads[0]
+    if found is None and any(name in tensors for name in _TASK_HEADS):
+        knobs["tied_embeddings"] = True  # a class for a task has no table to write with, and the embedding's costs nothing
 
     def rows(config: ModelConfig) -> list[Row]:
         return named_rows(architecture, config, prefix, head)

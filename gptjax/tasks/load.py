@@ -19,13 +19,18 @@ from gptjax.attacks.perturbations import PERTURBATIONS
 from gptjax.config import Config, TaskConfig, UserError, tasks_of, with_tasks
 from gptjax.data.packing import pack
 from gptjax.data.pipeline import Dataset, Mixture, Split, mixture_of
-from gptjax.data.records import Record, read_records
+from gptjax.data.records import BadRow, Record, Records, read_records, skipped_rows, too_many
 from gptjax.data.sources import nearest
 from gptjax.data.tokenizers import Tokenizer, make_tokenizer, trained_tokenizer
+from gptjax.generate.chat import Refused
 from gptjax.tasks.base import Encoded, Encoder
 from gptjax.tasks.table import TASKS
 
 SPLITS = ("train", "eval")
+
+
+# Of each split, the bad rows that were skipped where it was read: one list where both splits are of the same files.
+Skipped = dict[str, list[BadRow]]
 
 
 class Example(NamedTuple):
@@ -52,10 +57,11 @@ def load_tasks(config: Config, log: Callable[[str], Any] = print, own: Tokenizer
     """Reads, splits, encodes and packs the records of all tasks. Raises `UserError`. `own`: the tokenizer of a trained model."""
     began = time.perf_counter()
     records: dict[str, dict[str, list[Record]]] = {split: {} for split in SPLITS}
+    skipped: dict[str, Skipped] = {}
     settled: dict[str, TaskConfig] = {}
     report: dict[str, Any] = {}
     for name, knobs in tasks_of(config).items():
-        parts = _read(config, knobs, log)
+        parts, skipped[name] = _read(config, knobs, log)
         values = [record.values for record in parts["train"]]
         settled[name] = TASKS[knobs.kind].settled(knobs, values)
         for remark in TASKS[knobs.kind].remarks(settled[name], values):
@@ -68,7 +74,8 @@ def load_tasks(config: Config, log: Callable[[str], Any] = print, own: Tokenizer
     splits: dict[str, dict[str, Split]] = {}
     examples: dict[str, list[Example]] = {}
     for split in SPLITS:
-        splits[split], examples[split], counts = _of_tasks(config, split, records[split], tokenizer, log)
+        bad = {name: of[split] for name, of in skipped.items()}
+        splits[split], examples[split], counts = _of_tasks(config, split, records[split], bad, tokenizer, log)
         for key, count in counts.items():
             report.setdefault(key, {})[split] = count
     report |= {"vocab_size": tokenizer.vocab_size, "seconds": round(time.perf_counter() - began, 3)}
@@ -82,14 +89,25 @@ def load_tasks(config: Config, log: Callable[[str], Any] = print, own: Tokenizer
 
 
 def _of_tasks(
-    config: Config, split: str, records: Mapping[str, Sequence[Record]], tokenizer: Tokenizer, log: Callable[[str], Any]
+    config: Config,
+    split: str,
+    records: dict[str, list[Record]],
+    skipped: Mapping[str, list[BadRow]],
+    tokenizer: Tokenizer,
+    log: Callable[[str], Any],
 ) -> tuple[dict[str, Split], list[Example], collections.Counter[str]]:
-    """({task: its own rows}, the examples of all, counted on from task to task, sums of the counts)."""
+    """({task: its own rows}, the examples of all, counted on from task to task, sums of the counts). Records that cannot be
+    written as examples go from `records` to `skipped`.
+    """
     splits: dict[str, Split] = {}
     examples: list[Example] = []
     total: collections.Counter[str] = collections.Counter()
     for name, own in records.items():
-        splits[name], more, counts = build_split(config, split, {name: own}, tokenizer, len(examples))
+        encoded, bad = _all_encoded(tasks_of(config)[name], own, encoder(config, tokenizer), skipped[name])
+        if bad:
+            log(f"data: {split}: {skipped_rows(bad)}.")
+        records[name] = [record for record, _ in encoded]
+        splits[name], more, counts = _split_of_task(config, split, name, encoded, tokenizer, len(examples))
         examples += more
         total.update(counts)
         log(_described(f"{name}: {split}" if config.task.mixture else split, counts))
@@ -108,26 +126,25 @@ def _tokenizer(config: Config) -> Tokenizer:
     return make_tokenizer(data, {})
 
 
-def _read(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> dict[str, list[Record]]:
-    parts = _divided(config, knobs, log)
+def _read(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> tuple[dict[str, list[Record]], Skipped]:
+    parts, skipped = _divided(config, knobs, log)
     if knobs.augment:
         copies = _augmented(config, knobs, parts["train"])
         log(f"data: {len(copies):,} copies of training records, changed by {knobs.augment}.")
         parts["train"] = [*parts["train"], *copies]
-    return parts
+    return parts, skipped
 
 
-def _divided(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> dict[str, list[Record]]:
+def _divided(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> tuple[dict[str, list[Record]], Skipped]:
     required = TASKS[knobs.kind].needs(knobs)
 
-    def of(path: str, key: str = "task.path", split: str = knobs.train_split) -> list[Record]:
+    def of(path: str, key: str = "task.path", split: str = knobs.train_split) -> Records:
         return read(knobs, path, key, required, log, split=split)
 
-    if knobs.eval_path:
-        return {"train": of(knobs.path), "eval": of(knobs.eval_path, "task.eval_path")}
-    if knobs.format == "tfds" and knobs.eval_split:
-        return {"train": of(knobs.path), "eval": of(knobs.path, split=knobs.eval_split)}
     every = of(knobs.path)
+    if knobs.eval_path or (knobs.format == "tfds" and knobs.eval_split):
+        other = of(knobs.eval_path, "task.eval_path") if knobs.eval_path else of(knobs.path, split=knobs.eval_split)
+        return {"train": every.records, "eval": other.records}, {"train": every.skipped, "eval": other.skipped}
     held_out = [_is_held_out(record, config.data.eval_fraction) for record in every]
     parts = {
         "train": [record for record, out in zip(every, held_out, strict=True) if not out],
@@ -138,7 +155,7 @@ def _divided(config: Config, knobs: TaskConfig, log: Callable[[str], Any]) -> di
             f"{knobs.path} has {len(every)} records, of which data.eval_fraction={config.data.eval_fraction} leaves none for the "
             f"{empty[0]} split; give more, or task.eval_path."
         )
-    return parts
+    return parts, dict.fromkeys(SPLITS, every.skipped)
 
 
 def _augmented(config: Config, knobs: TaskConfig, records: Sequence[Record]) -> list[Record]:
@@ -168,7 +185,7 @@ def read(
     log: Callable[[str], Any],
     format: str = "",
     split: str = "train",
-) -> list[Record]:
+) -> Records:
     """The records of a task's files, in `format` or that of the task; of a TFDS data set, those of `split`. Raises
     `UserError`.
     """
@@ -186,7 +203,7 @@ def read(
         check=functools.partial(TASKS[knobs.kind].check, knobs),
         key=key,
         log=lambda line: log(f"data: {line}."),
-    ).records
+    )
 
 
 def _is_held_out(record: Record, share: float) -> bool:
@@ -206,34 +223,53 @@ def encoder(config: Config, tokenizer: Tokenizer) -> Encoder:
     return Encoder(tokenizer, config.data.add_bos, config.data.add_eos, config.data.seq_len)
 
 
-def build_split(
-    config: Config, split: str, records: Mapping[str, Sequence[Record]], tokenizer: Tokenizer, first: int = 0
+def _all_encoded(
+    knobs: TaskConfig, records: Sequence[Record], encode: Encoder, skipped: list[BadRow]
+) -> tuple[list[tuple[Record, list[Encoded]]], list[BadRow]]:
+    """(the records with their examples, the bad rows that only show now, added to `skipped`). Raises `UserError`."""
+    found, bad = [], []
+    for record in records:
+        try:
+            found.append((record, TASKS[knobs.kind].encode(knobs, record.values, encode)))
+        except Refused as error:
+            bad.append(BadRow(record.file, record.line, f"cannot be written: {str(error).rstrip('.')}"))
+            skipped.append(bad[-1])
+            if len(skipped) > knobs.max_bad_rows:
+                raise UserError(too_many(skipped, knobs.max_bad_rows, "task.max_bad_rows")) from None
+        except UserError as error:
+            raise UserError(f"{record.place}: {str(error).rstrip('.')}.") from None
+    return found, bad
+
+
+def _split_of_task(
+    config: Config,
+    split: str,
+    task: str,
+    records: Sequence[tuple[Record, Sequence[Encoded]]],
+    tokenizer: Tokenizer,
+    first: int,
 ) -> tuple[Split, list[Example], dict[str, int]]:
-    """(rows of the examples of these tasks' records, whose they are, counts of what became of them). Raises `UserError`.
+    """(rows of the examples of a task's records, whose they are, counts of what became of them). Raises `UserError`.
 
     `first`: how many examples were counted before.
     """
-    encode = encoder(config, tokenizer)
+    knobs = tasks_of(config)[task]
     found: list[tuple[Example, Encoded]] = []
     names: list[str] = []
     cut = dropped = 0
-    for task, of_task in records.items():
-        knobs = tasks_of(config)[task]
-        for number, record in enumerate(of_task):
-            parts = _encoded(knobs, record, encode)
-            if any(part.cut for part in parts):
-                if knobs.too_long == "refuse":
-                    raise UserError(f"{record.place} has more than data.seq_len={config.data.seq_len} tokens.")
-                if knobs.too_long == "drop":
-                    dropped += 1
-                    continue
-                cut += 1
-            found += [(Example(task, number, place), part) for place, part in enumerate(parts)]
-            names += [f"{record.file}:{record.line}"] * len(parts)
-    source = next(iter(records)) if config.task.mixture else ""
-    built = split_of(config, split, found, names, tokenizer, source, first)
+    for number, (record, parts) in enumerate(records):
+        if any(part.cut for part in parts):
+            if knobs.too_long == "refuse":
+                raise UserError(f"{record.place} has more than data.seq_len={config.data.seq_len} tokens.")
+            if knobs.too_long == "drop":
+                dropped += 1
+                continue
+            cut += 1
+        found += [(Example(task, number, place), part) for place, part in enumerate(parts)]
+        names += [f"{record.file}:{record.line}"] * len(parts)
+    built = split_of(config, split, found, names, tokenizer, task if config.task.mixture else "", first)
     counts = {
-        "documents": sum(len(of_task) for of_task in records.values()),
+        "documents": len(records),
         "examples": len(found),
         "tokens": built.num_tokens,
         "bytes": built.text_bytes,
@@ -273,13 +309,6 @@ def split_of(
     text_bytes = int(tokenizer.token_bytes()[tokens].sum())
     columns = _columns(config, found, lengths, first)
     return Split(split, tokens, offsets, list(names), text_bytes, rows, source=source, columns=columns)
-
-
-def _encoded(knobs: TaskConfig, record: Record, encode: Encoder) -> list[Encoded]:
-    try:
-        return TASKS[knobs.kind].encode(knobs, record.values, encode)
-    except UserError as error:
-        raise UserError(f"{record.place}: {str(error).rstrip('.')}.") from None
 
 
 def _columns(config: Config, found: Sequence[tuple[Example, Encoded]], lengths: np.ndarray, first: int) -> dict[str, np.ndarray]:

@@ -79,9 +79,15 @@ def _of_tasks(config: Config, params: Any, batch: Batch) -> Iterator[tuple[str, 
 
 
 def task_losses(
-    config: Config, params: Any, hidden_BTD: jax.Array, batch: Batch, options: Mapping[str, Any]
+    config: Config,
+    params: Any,
+    hidden_BTD: jax.Array,
+    batch: Batch,
+    options: Mapping[str, Any],
+    shares: Mapping[str, float] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(sum of the weighted losses of all tasks, its parts); arrays of `batch` are [B, T, ...].
+    """(sum of the weighted losses of all tasks, its parts); arrays of `batch` are [B, T, ...]. `shares`: the tasks that count,
+    and what their loss is multiplied by; None: all, and 1.
 
     Of several tasks the unit is not a target but a row: with W_t targets of task t in the n_t rows that it has in the whole
     batch, a target costs `loss_weight` * n_t / W_t (`with_units`). So a task counts by its share of the rows, however many
@@ -91,12 +97,16 @@ def task_losses(
     total = Sums(*(jnp.float32(0),) * 3)
     parts: dict[str, jax.Array] = {}
     for name, knobs, head, own in _of_tasks(config, params, batch):
+        if shares is not None and name not in shares:
+            continue
         sums = TASKS[knobs.kind].loss(knobs, head, hidden_BTD, own, language)
         if config.task.mixture:
             nll = jax.lax.stop_gradient(sums.nll)
             parts |= {f"tasks/{name}/nll_sum": nll, f"tasks/{name}/weight_sum": sums.weight}
             unit = own["unit"].max()
             sums = Sums(knobs.loss_weight * unit * sums.loss, unit * sums.nll, unit * sums.weight)
+        if shares is not None:
+            sums = sums._replace(loss=shares[name] * sums.loss)
         total = Sums(*(a + b for a, b in zip(total, sums, strict=True)))
     return total.loss, parts | {"nll_sum": jax.lax.stop_gradient(total.nll), "weight_sum": total.weight}
 

@@ -330,7 +330,7 @@ def _read(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
         "tokens_per_second": rate,
         "mfu": mfu(rate, flops_per_token(c.model, stage.seq_len, adapter_weights(c)), run.mesh.size, peak),
         "seconds": run.seconds,
-    } | {name: value for name, value in values.items() if name.startswith(("moe/", "heads/", "tasks/"))}
+    } | {name: value for name, value in values.items() if name.startswith(("moe/", "heads/", "tasks/", "adversarial/"))}
     if len(run.stages.every) > 1:
         row |= {"batch_size": stage.batch_size, "seq_len": stage.seq_len}
     for source, figures in mixture_figures(c, run.dataset.train, run.rows(step)).items():

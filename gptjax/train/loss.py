@@ -25,6 +25,11 @@ class _Options(NamedTuple):
     softcap: float
 
 
+def _plain(*, transposed: bool, chunk: int = 0, dtype: Any = jnp.float32, softcap: float = 0.0) -> _Options:
+    """Of logits alone: neither smoothing nor z-loss."""
+    return _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype), softcap)
+
+
 def softmax_cross_entropy(
     hidden_BTD: jax.Array,
     head: jax.Array,
@@ -58,25 +63,16 @@ def softmax_cross_entropy(
 
 
 def row_nll(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, **options: Any) -> jax.Array:
-    """Sum over each row of weight * nll, [B] in float32; `options` as those of `token_nll`."""
+    """Sum over each row of weight * nll, [B] in float32; `options` as `token_nll`'s `logits`."""
     return (token_nll(hidden_BTD, head, targets_BT, **options) * weights_BT.astype(jnp.float32)).sum(1)
 
 
-def token_nll(
-    hidden_BTD: jax.Array,
-    head: jax.Array,
-    targets_BT: jax.Array,
-    *,
-    transposed: bool,
-    chunk: int = 0,
-    dtype: Any = jnp.float32,
-    softcap: float = 0.0,
-) -> jax.Array:
-    """nll of each token, [B, T] in float32; arguments as `softmax_cross_entropy`. Under differentiation the logits are computed
-    anew in the backward pass, chunk by chunk.
+def token_nll(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, **logits: Any) -> jax.Array:
+    """nll of each token, [B, T] in float32; arguments as `softmax_cross_entropy`, `logits` being transposed, chunk, dtype and
+    softcap. Under differentiation the logits are computed anew in the backward pass, chunk by chunk.
     """
-    options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype), softcap)
-    return _token_nll(options, hidden_BTD, _over_vocabulary(head, transposed), targets_BT)
+    options = _plain(**logits)
+    return _token_nll(options, hidden_BTD, _over_vocabulary(head, options.transposed), targets_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -102,45 +98,27 @@ def _token_nll_backward(options, residuals, cotangent_BT):
 _token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 
-def token_log_probs(
-    hidden_BTD: jax.Array,
-    head: jax.Array,
-    targets_BT: jax.Array,
-    *,
-    transposed: bool,
-    chunk: int = 0,
-    dtype: Any = jnp.float32,
-    softcap: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
+def token_log_probs(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, **logits: Any) -> tuple[jax.Array, jax.Array]:
     """(log-probability of each target, float32 [B, T]; whether no other token has more, bool [B, T]), without gradients;
-    arguments as `softmax_cross_entropy`.
+    arguments as `token_nll`.
     """
-    options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype), softcap)
+    options = _plain(**logits)
 
     def one(hidden_BcD, targets_Bc):
         logits_BcV = _logits(options, hidden_BcD, head)
         _, nll_Bc = _token_losses(options, logits_BcV, _softmax(logits_BcV), targets_Bc)
         return (), (-nll_Bc, jnp.argmax(logits_BcV, axis=-1) == targets_Bc)
 
-    head = _over_vocabulary(head, transposed)
+    head = _over_vocabulary(head, options.transposed)
     _, (log_probs_BT, is_best_BT) = _over_chunks(options, head, one, (hidden_BTD, targets_BT))
     return log_probs_BT, is_best_BT
 
 
-def sampled_targets(
-    hidden_BTD: jax.Array,
-    head: jax.Array,
-    keys_BT: jax.Array,
-    *,
-    transposed: bool,
-    chunk: int = 0,
-    dtype: Any = jnp.float32,
-    softcap: float = 0.0,
-) -> jax.Array:
+def sampled_targets(hidden_BTD: jax.Array, head: jax.Array, keys_BT: jax.Array, **logits: Any) -> jax.Array:
     """int32 [B, T]: a target for each token, drawn from softmax(logits) with its own key (uint32 [B, T, 2]), without gradients;
-    other arguments as `softmax_cross_entropy`.
+    other arguments as `token_nll`.
     """
-    options = _Options(transposed, 0.0, 0.0, chunk, jnp.dtype(dtype), softcap)
+    options = _plain(**logits)
 
     def noise(key: jax.Array, vocab: int) -> jax.Array:
         return jax.random.gumbel(jax.random.wrap_key_data(key, impl="threefry2x32"), (vocab,))
@@ -150,7 +128,7 @@ def sampled_targets(
         drawn = jax.vmap(jax.vmap(functools.partial(noise, vocab=logits_BcV.shape[-1])))(keys_Bc)
         return (), jnp.argmax(logits_BcV + drawn, axis=-1).astype(jnp.int32)
 
-    head = _over_vocabulary(jax.lax.stop_gradient(head), transposed)
+    head = _over_vocabulary(jax.lax.stop_gradient(head), options.transposed)
     _, targets_BT = _over_chunks(options, head, one, (jax.lax.stop_gradient(hidden_BTD), keys_BT))
     return jnp.asarray(targets_BT)
 

@@ -10,6 +10,7 @@ A row is a flat dict. The names that others read:
     eval/SOURCE/loss, ...  of each source of a mixture by itself; eval/loss is over the tokens of all
     mixture/SOURCE/rows    rows taken from it so far; mixture/SOURCE/epochs of its own; mixture/SOURCE/weight, its share just now
     heads/nll_2, ...       nll of each further prediction head, over its own targets
+    adversarial/nll        nats of the examples that adversarial training moved; train/loss has them in it
     moe/dropped            (token, expert) choices of all layers that found no place; moe/dropped_fraction: of all choices
 """
 

@@ -25,7 +25,7 @@ from gptjax.model.decoder import Decoder, output_table
 from gptjax.model.experts import RouterStats, router_losses
 from gptjax.parallel.sharding import batch_sharding, laid_over, parameter_shardings, replicated, use_rules
 from gptjax.tasks.losses import HEADS, init_heads, task_figures, task_losses, with_units
-from gptjax.train import state_precision
+from gptjax.train import adversarial, state_precision
 from gptjax.train.groups import check_patterns, keep_frozen, trained_part, with_zeros, without_frozen
 from gptjax.train.loss import sampled_targets, softmax_cross_entropy
 from gptjax.train.objectives import OBJECTIVES, Example, further_ahead
@@ -132,14 +132,15 @@ def abstract_state(config: Config, lengths: Lengths, mesh: Mesh) -> TrainState:
 
 
 def hidden_states(
-    config: Config, params: Any, example: Example, dropout_keys: Any = None, of_heads: bool = False
+    config: Config, params: Any, example: Example, dropout_keys: Any = None, of_heads: bool = False, nudges_BTE: Any = None
 ) -> tuple[Any, RouterStats | None]:
     """([B, T, D], what the routers did) in training and evaluation alike; packed rows see only their own segment, windows have
-    one. `of_heads`: a list of them, of all prediction heads.
+    one. `of_heads`: a list of them, of all prediction heads. `nudges_BTE`: what is added to the tokens' embeddings.
     """
     leading, example = num_leading(config, params), with_leading(config, params, example)
+    decoder = composed(config, params, dropout_keys)
     found: Any = Decoder(config.model).apply(
-        {"params": composed(config, params)},
+        {"params": decoder if nudges_BTE is None else adversarial.nudged(decoder, nudges_BTE, leading)},
         example.inputs,
         example.positions,
         segment_ids_BT=example.segment_ids if config.data.packing != "windows" else None,
@@ -185,11 +186,13 @@ def example_loss(config: Config, params: Any, example: Example, dropout_keys: An
     return loss_sum + router_loss_sum, parts | router_parts
 
 
-def task_loss(config: Config, params: Any, batch: Batch, dropout_keys: Any) -> tuple[jax.Array, Metrics]:
-    """As `example_loss`, of the tasks' examples in a micro-batch."""
-    hidden_BTD, stats = hidden_states(config, params, task_inputs(batch), dropout_keys)
-    loss_sum, parts = task_losses(config, params, hidden_BTD, within_model(batch), head_options(config))
-    if stats is None:
+def task_loss(
+    config: Config, params: Any, batch: Batch, dropout_keys: Any, nudges_BTE: Any = None, shares: Any = None
+) -> tuple[jax.Array, Metrics]:
+    """As `example_loss`, of the tasks' examples in a micro-batch. `shares`: as `task_losses`; routers count nothing then."""
+    hidden_BTD, stats = hidden_states(config, params, task_inputs(batch), dropout_keys, nudges_BTE=nudges_BTE)
+    loss_sum, parts = task_losses(config, params, hidden_BTD, within_model(batch), head_options(config), shares)
+    if stats is None or shares is not None:
         return loss_sum, parts
     router_loss_sum, router_parts = _router_sums(config, stats, parts["weight_sum"])
     return loss_sum + router_loss_sum, parts | router_parts
@@ -242,7 +245,8 @@ def _router_metrics(sums: Metrics, weight: jax.Array) -> Metrics:
 def _dropout_keys(config: Config, seed: jax.Array, step: jax.Array) -> Any:
     """One key a row of the global batch, [B, 2]: dropout does not depend on how the batch is split."""
     model = config.model
-    if not (model.embedding_dropout or model.attention_dropout or model.residual_dropout or model.stochastic_depth):
+    rates = model.embedding_dropout, model.attention_dropout, model.residual_dropout, model.stochastic_depth
+    if not any((*rates, config.adapter.dropout)):
         return None
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), DROPOUT), step)
     return primitives.row_keys(key, jnp.arange(config.data.batch_size))
@@ -299,13 +303,19 @@ def summed_gradients(
         micro_batch, keys = rows
         trained, whole = trained_part(config, params)
 
-        def loss_of(trained: Any) -> tuple[jax.Array, Metrics]:
+        def loss_of(trained: Any, *nudged: Any) -> tuple[jax.Array, Metrics]:
             if tasks_of(config):
-                return task_loss(config, whole(trained), micro_batch, keys)
+                return task_loss(config, whole(trained), micro_batch, keys, *nudged)
             example = OBJECTIVES[config.objective.name](micro_batch)
             return loss(config, whole(trained), example=example, dropout_keys=keys)
 
-        (loss_sum, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        if adversarial.shares(config):
+            table = composed(config, params)["embed"]["tokens"]
+            (loss_sum, metrics), gradients = adversarial.value_and_grad(
+                config, loss_of, trained, table, within_model(micro_batch)
+            )
+        else:
+            (loss_sum, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
         return with_zeros(_float32(gradients), params), metrics | {"loss_sum": loss_sum}
 
     if parts == 1:
@@ -364,7 +374,7 @@ def _step(config: Config, lengths: Lengths, state: TrainState, batch: Batch) -> 
         "nonfinite_steps": new_state.nonfinite_steps,
         "nonfinite_streak": new_state.nonfinite_streak,
     }
-    metrics |= _router_metrics(sums, weight) | _head_metrics(sums) | task_figures(sums)
+    metrics |= _router_metrics(sums, weight) | _head_metrics(sums) | task_figures(sums) | adversarial.figures(sums)
     return new_state, metrics
 
 

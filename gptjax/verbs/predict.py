@@ -73,7 +73,7 @@ def _records(arguments: argparse.Namespace, predictor: Any) -> tuple[list[str], 
     if arguments.texts:
         return [str(number) for number in range(1, len(arguments.texts) + 1)], arguments.texts
     if arguments.data:
-        found = read(knobs, arguments.data, "--data", TASKS[knobs.kind].given(knobs), log, arguments.format)
+        found = read(knobs, arguments.data, "--data", TASKS[knobs.kind].given(knobs), log, arguments.format).records
     else:
         found = load_tasks(predictor.config, log, predictor.tokenizer).records["eval"][predictor.task]
     return [f"{record.file}:{record.line}" for record in found], [record.values for record in found]

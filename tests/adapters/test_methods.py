@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import warnings
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ import pytest
 from gptjax.adapters.attach import adapter_weights
 from gptjax.adapters.compose import composed
 from gptjax.adapters.merge import merged, unmerged
+from gptjax.adapters.nodes import LowRank
 from gptjax.config import AdapterConfig, UserError
+from gptjax.model import primitives
 from gptjax.model.cache import Cache
 from gptjax.model.decoder import Decoder
 from gptjax.parallel.mesh import make_mesh
@@ -24,11 +27,12 @@ from gptjax.train.checkpoints import Checkpoints
 from gptjax.train.groups import trained_count
 from gptjax.train.optimizers import OPTIMIZERS, Lengths
 from gptjax.train.run import named_leaves
-from gptjax.train.step import abstract_state, init_state, make_train_step, summed_gradients
+from gptjax.train.step import abstract_state, hidden_states, init_state, make_train_step, summed_gradients
 from tests.adapters.cases import CASES, MERGED, case, drawn, effective, example_of, hidden, nested
 from tests.small import GPT2, LLAMA, random_batch, random_params, small, tree_close, tree_equal
 
 PLAIN = AdapterConfig()
+ROW_KEYS = jnp.asarray([[1, 2], [3, 4]], jnp.uint32)
 
 
 @pytest.mark.parametrize("name", MERGED)
@@ -155,6 +159,82 @@ def test_a_scan_and_remat_change_nothing() -> None:
         run = jax.jit(functools.partial(summed_gradients, config))
         found.append(run(drawn(config), random_batch(config, rows=2), None)[0]["adapters"])
     tree_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_scan_draws_the_same_masks() -> None:
+    found = []
+    for knobs in ({"model.scan_unroll": 1, "adapter.dropout": 0.3}, {"model.scan_unroll": 0, "adapter.dropout": 0.3}, {}):
+        config = small(*CASES["lora"], knobs)
+        run = jax.jit(functools.partial(hidden_states, config))
+        found.append(np.asarray(run(drawn(config), example_of(config), ROW_KEYS)[0]))
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-5)
+    assert np.abs(found[0] - found[2]).max() > 0.1
+
+
+def test_those_that_share_a_first_factor_share_a_mask() -> None:
+    def masks(shared: bool) -> dict[str, np.ndarray]:
+        config = small(*CASES["lora"], {"adapter.dropout": 0.3, "adapter.shared_input": shared})
+        layers = composed(config, random_params(config), ROW_KEYS)["layers"]
+        kernels = {name: layers["attention"][name]["kernel"] for name in ("query", "key", "value", "output")}
+        return {name: np.asarray(kernel.keys) for name, kernel in (kernels | {"up": layers["mlp"]["up"]["kernel"]}).items()}
+
+    def different(found: dict[str, np.ndarray]) -> int:
+        return len({keys.tobytes() for keys in found.values()})
+
+    alone, together = masks(False), masks(True)
+    assert different(alone) == 5 and different(together) == 3 and (together["query"] == together["value"]).all()
+    keys_LB2 = together["query"]
+    assert keys_LB2.shape == (2, 2, 2) and len({keys.tobytes() for keys in keys_LB2.reshape(4, 2)}) == 4
+    without = small(*CASES["lora"])
+    assert composed(without, random_params(without), ROW_KEYS)["layers"]["mlp"]["up"]["kernel"].keys is None
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_dropout_is_where_peft_has_it(use_dora: bool) -> None:
+    """PEFT's layer, given our mask in the place of its dropout."""
+    torch = pytest.importorskip("torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = pytest.importorskip("peft")
+        settings = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], lora_dropout=0.4, use_dora=use_dora)
+        model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False)), settings)
+    layer = model.base_model.model[0]
+    rng = np.random.default_rng(0)
+    x_BTI, w_IO, a_IR, b_RO = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 6), (6, 5), (6, 2), (2, 5)))
+    magnitude_O = rng.uniform(1, 2, 5).astype(np.float32) if use_dora else None
+    own = LowRank(*map(jnp.asarray, (w_IO, a_IR, b_RO)), magnitude_O, 1.5, "float32", ROW_KEYS, 0.4)
+    mask_BTI = np.asarray(primitives.dropout(jnp.ones((2, 3, 6)), 0.4, ROW_KEYS))
+    assert set(np.round(mask_BTI.ravel().astype(float), 3)) == {0, 1.667}
+
+    class Masked(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.tensor(mask_BTI)
+
+    given = {layer.base_layer.weight: w_IO.T, layer.lora_A["default"].weight: a_IR.T, layer.lora_B["default"].weight: b_RO.T}
+    if use_dora:
+        given[layer.lora_magnitude_vector["default"].weight] = magnitude_O
+    with torch.no_grad():
+        for parameter, value in given.items():
+            parameter.copy_(torch.tensor(value))
+        layer.lora_dropout["default"] = Masked()
+        expected = model(torch.tensor(x_BTI)).numpy()
+    np.testing.assert_allclose(np.asarray(own(jnp.asarray(x_BTI))), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        (
+            {"adapter.method": "ia3", "adapter.dropout": 0.1},
+            "adapter.dropout=0.1 is for lora and dora, not for .*=ia3",
+        ),
+        ({"adapter.method": "lora", "adapter.dropout": 0.1, "mesh.stage": 2}, "adapter.dropout=0.1 .* mesh.stage=2 cuts up"),
+    ],
+)
+def test_where_dropout_cannot_be(knobs: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        small(knobs)
 
 
 def test_gradients_of_what_is_frozen_are_not_computed() -> None:

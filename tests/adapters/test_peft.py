@@ -38,9 +38,14 @@ KINDS: dict[str, dict[str, int]] = {
     },
 }
 LORA: dict[str, Any] = {"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM"}
+DROPPED = {"lora_dropout": 0.2}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("gpt2", "LoraConfig", LORA | {"target_modules": ["c_attn", "mlp.c_proj"]}),
-    "gpt2, rank stabilised": ("gpt2", "LoraConfig", LORA | {"target_modules": ["c_attn", "attn.c_proj"], "use_rslora": True}),
+    "gpt2, rank stabilised": (
+        "gpt2",
+        "LoraConfig",
+        LORA | {"target_modules": ["c_attn", "attn.c_proj"], "use_rslora": True} | DROPPED,
+    ),
     "gpt2, dora": ("gpt2", "LoraConfig", LORA | {"target_modules": ["c_attn", "mlp.c_fc"], "use_dora": True}),
     "llama": ("llama", "LoraConfig", LORA),
     "llama, dora": ("llama", "LoraConfig", LORA | {"target_modules": ["k_proj", "o_proj", "gate_proj"], "use_dora": True}),

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from gptjax.attacks.augment import adversarial, augmented
+from gptjax.attacks.augment import adversarial, copied
 from gptjax.attacks.words import STOP_WORDS, split
 from gptjax.cli import main
 from gptjax.config import UserError
@@ -44,18 +44,10 @@ def test_what_cannot_be_changed_stays():
         adversarial("win", 0, 0, "synonym")
 
 
-def test_augmented():
-    texts, labels = augmented(TEXTS, [1, 2, 3, 4], "typo", seed=0, share=0.5)
-    assert texts[:4] == TEXTS and labels[:4] == [1, 2, 3, 4] and len(texts) == len(labels) == 6
-    for text, label in zip(texts[4:], labels[4:], strict=True):
-        pairs = list(zip(TEXTS[label - 1].split(), text.split(), strict=True))
-        assert sum(old != new for old, new in pairs) == 1
-    assert augmented(TEXTS, [1, 2, 3, 4], "typo", seed=0, share=0.5) == (texts, labels)
-    assert augmented(TEXTS, [1, 2, 3, 4], "typo", seed=1, share=0.5) != (texts, labels)
-    assert len(augmented(TEXTS, [1, 2, 3, 4], "typo", seed=1, share=1.0)[0]) == 8
-    for share, labels in ((0.0, [1, 2, 3, 4]), (1.5, [1, 2, 3, 4]), (0.5, [1])):
-        with pytest.raises(ValueError, match="needs a share above 0"):
-            augmented(TEXTS, labels, "typo", 0, share)
+def test_copies_are_of_the_share_asked_for():
+    assert copied(10, 0, 1.0) == list(range(10)) and len(copied(10, 0, 0.25)) == 2
+    picks = copied(100, 0, 0.3)
+    assert picks == sorted(set(picks)) == copied(100, 0, 0.3) != copied(100, 1, 0.3) and len(picks) == 30
 
 
 # --- the verb ---

@@ -14,6 +14,7 @@ import pytest
 from gptjax.config import UserError, from_dict
 from gptjax.data import mixture, pipeline
 from gptjax.data.mixture import Shares
+from gptjax.data.order import epoch_order
 
 NAMES = ("a", "b", "c")
 
@@ -195,7 +196,7 @@ def test_no_weights_mean_the_rows_of_each(folder):
 
 
 def test_orders_of_sources_are_their_own():
-    orders = [pipeline._epoch_order(0, 0, 1000, source) for source in ("", "a", "b")]
+    orders = [epoch_order(0, 0, 1000, source) for source in ("", "a", "b")]
     for one, other in itertools.combinations(orders, 2):
         assert (one == other).sum() < 10
 

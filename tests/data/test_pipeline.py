@@ -13,6 +13,7 @@ import pytest
 
 from gptjax.config import UserError, from_dict
 from gptjax.data import pipeline
+from gptjax.data.order import epoch_order
 
 NUM_DOCUMENTS = 40
 
@@ -134,7 +135,7 @@ def test_each_epoch_visits_every_row_once_in_an_order_of_its_own(folder):
 def test_orders_look_random():
     """The mean displacement of a random order of n is n / 3; two orders share one place on average."""
     n = 10_000
-    orders = [pipeline._epoch_order(seed, epoch, n) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [epoch_order(seed, epoch, n) for seed in (0, 1) for epoch in (0, 1)]
     for order in orders:
         assert abs(np.abs(order - np.arange(n)).mean() / n - 1 / 3) < 0.01
     for a, b in itertools.combinations(orders, 2):

@@ -155,6 +155,39 @@ def test_the_logits_of_a_head_are_theirs(kind, folder):
                 np.testing.assert_allclose(outputs[row, length - 1], said[0].numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_head_of_a_model_whose_table_is_not_tied(kind, folder, tmp_path):
+    """Llama's classes for tasks have no table to write with, and its questions' class another prefix."""
+    import shutil
+
+    import torch
+    import transformers
+
+    labels = {0: "I-A", 1: "O", 2: "B-A"} if kind == "tagging" else dict(enumerate(["LABEL_0", "LABEL_1", "LABEL_2"]))
+    config = transformers.LlamaConfig(
+        vocab_size=257, max_position_embeddings=T, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, id2label=dict(list(labels.items())[: 2 if kind == "answers" else LABELS]),
+        pad_token_id=256, bos_token_id=256, eos_token_id=256, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = getattr(transformers, KINDS[kind].replace("GPT2", "Llama"))(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path / kind)
+    for split in ("train", "eval"):
+        shutil.copy(folder / f"{split}.jsonl", tmp_path)
+    config, mesh, params, batches = prepared(kind, tmp_path)
+    assert config.model.tied_embeddings and "head" not in params
+    outputs = np.asarray(make_output_step(config, mesh)(params, batches[0])["task"])
+    tokens, real = batches[0]["tokens"][:, :-1], batches[0]["segment_ids"][:, :-1] > 0
+    with torch.no_grad():
+        hidden = model.base_model(torch.tensor(tokens.astype(np.int64)), attention_mask=torch.tensor(real).long())[0]
+        logits = (model.qa_outputs if kind == "answers" else model.score)(hidden).numpy()
+    logits = logits[..., [1, 2, 0]] if kind == "tagging" else logits
+    np.testing.assert_allclose(outputs[real][:, : logits.shape[-1]], logits[real], atol=1e-4)
+
+
 @pytest.mark.parametrize(("kind", "freeze"), [*((kind, "") for kind in KINDS), ("classification", "^(?!task_heads)")])
 def test_twenty_steps_of_fine_tuning_cost_the_same(kind, freeze, folder):
     import copy

@@ -16,6 +16,7 @@ _WORDS = ["red", "blue", "green", "cat", "dog", "sun", "Zürich", "北京", "sto
 # {name: what its config has beside COMMON}; `task.path` is filled in.
 CASES: dict[str, dict[str, Any]] = {
     "classification": {"task.kind": "classification"},
+    "adversarial": {"task.kind": "classification", "task.adversarial_norm": 0.3},
     "multilabel": {"task.kind": "multilabel", "task.label": "animals"},
     "regression": {"task.kind": "regression", "task.label": "length,sunny"},
     "tagging": {"task.kind": "tagging", "task.word_token": "all", "task.train_scheme": "IOBES"},

@@ -47,6 +47,41 @@ def test_the_columns_of_words_and_tags_are_chosen(tmp_path: pathlib.Path):
     assert found.records["train"]["task"][0].values == {"words": ["Ann", "sings"], "tags": ["B-PER", "O"]}
 
 
+def test_a_conversation_that_the_template_refuses_is_a_bad_row(tmp_path: pathlib.Path):
+    pytest.importorskip("jinja2", reason="extra: chat")
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Roles must alternate') }}{% endif %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+
+    def turns(*roles: str) -> str:
+        return json.dumps({"messages": [{"role": role, "content": f"{role} {n}"} for n, role in enumerate(roles)]})
+
+    good, refused = turns("user", "assistant"), turns("user", "user", "assistant")
+    files = {"good": [good] * 3, "bad": [good, refused, good], "worse": [good, '{"messages": 1}', refused, good]}
+    for name, lines in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def load(train: str, evaluate: str, limit: int, said: Any = lambda line: None) -> Any:
+        task = {"kind": "chat", "path": str(tmp_path / f"{train}.jsonl"), "eval_path": str(tmp_path / f"{evaluate}.jsonl")}
+        return load_tasks(config_of(**task, chat_template=str(template), max_bad_rows=limit), said)
+
+    because = f"cannot be written: the chat template {template} refuses the conversation: Roles must alternate"
+    lines: list[str] = []
+    found = load("bad", "worse", 2, lines.append)
+    assert [record.line for record in found.records["train"]["task"]] == [1, 3]
+    assert [record.line for record in found.records["eval"]["task"]] == [1, 4]
+    assert [(one.record, one.part) for one in found.examples["eval"]] == [(0, 0), (1, 0)]
+    assert found.report["documents"] == {"train": 2, "eval": 2}
+    assert f"data: train: 1 bad row skipped: {tmp_path}/bad.jsonl, line 2 {because}." in lines
+    with pytest.raises(UserError, match=f"bad.jsonl, line 2 {because}; task.max_bad_rows=0 lets no bad row"):
+        load("good", "bad", 0)
+    with pytest.raises(UserError, match="more than task.max_bad_rows=1 bad row, of which the first: .*worse.jsonl, line 2 has"):
+        load("good", "worse", 1)
+
+
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [
