@@ -1,4 +1,4 @@
-"""A lock between processes of several hosts that share a folder, which a killed holder does not keep (extra: search)."""
+"""A lock between processes of several hosts that share a folder, which a killed holder does not keep."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import pathlib
 import socket
 import time
 
-from optuna.storages.journal import BaseJournalFileLock
-
 from gptjax.config import UserError
 
 PATIENCE = 30.0  # seconds without a sign of life after which another host's lock is taken for a dead one's
 
 
-class SharedLock(BaseJournalFileLock):
+class SharedLock:
     """The file PATH.lock is the lock: a hard link, which NFS too makes for one host only, to the file of the host that holds it.
 
     Processes of one host first take turns on that file of theirs (flock, which dies with its holder). So whoever has the turn and
@@ -49,9 +47,7 @@ class SharedLock(BaseJournalFileLock):
             except FileExistsError:
                 pass
             except OSError as error:
-                raise UserError(
-                    f"{self._lock} cannot be made ({error.strerror}): a search needs a folder with hard links."
-                ) from None
+                raise UserError(f"{self._lock} cannot be made ({error.strerror}): a search needs hard links.") from None
             with contextlib.suppress(FileNotFoundError):  # released in between
                 if os.path.samefile(self._own, self._lock):
                     return

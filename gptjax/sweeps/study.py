@@ -14,6 +14,7 @@ import contextlib
 import math
 import os
 import pathlib
+import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,19 +22,21 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import UserError
+from gptjax.sweeps.locks import SharedLock
 from gptjax.sweeps.search import Search, grid_values, points_in_grid
 from gptjax.sweeps.space import Choice, Distribution, Uniform
 
 try:
+    import cmaes  # noqa: F401, for our module of CMA-ES
     import optuna
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
     from optuna.storages.journal import JournalFileBackend
     from optuna.trial import FrozenTrial, TrialState, create_trial
 
-    from gptjax.sweeps.cmaes import GENERATION, CmaEs
-    from gptjax.sweeps.locks import SharedLock
-except ImportError:
+except ModuleNotFoundError:
     raise UserError("a search needs the packages optuna and cmaes, which are absent: pip install 'gptjax[search]'.") from None
+
+from gptjax.sweeps.cmaes import GENERATION, CmaEs
 
 FILE_NAME = "study.journal"
 NAME = "search"  # of the study: Hyperband's brackets follow from it
@@ -257,7 +260,7 @@ def open_journal(folder: pathlib.Path, maximize: bool = False, *, create: bool =
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     lock = SharedLock(path)
-    backend = JournalFileBackend(str(path), lock_obj=lock)
+    backend = JournalFileBackend(str(path), lock_obj=typing.cast(Any, lock))  # it is asked to acquire and release, no more
     if create:
         with _held(lock):
             _cut_unfinished_line(path)

@@ -16,7 +16,7 @@ from gptjax.train.run import RunLock
 
 RECIPE = str(pathlib.Path(__file__).resolve().parents[2] / "configs/stdlib_tiny.py")
 STUB = (sys.executable, "-S", str(pathlib.Path(__file__).with_name("stub_search_trial.py")))
-SPACE = {"optimizer.learning_rate": log_uniform(1e-4, 1.0), "model.num_layers": integers(1, 6)}
+SPACE = {"optimizer.learning_rate": log_uniform(1e-4, 0.4), "model.num_layers": integers(1, 6)}
 
 
 def searcher(path, sampler="tpe", pruner="none", trials=12, space=None, overrides=None, prompt="", **options):
