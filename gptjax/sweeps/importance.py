@@ -19,12 +19,12 @@ import numpy as np
 from gptjax.config import UserError
 from gptjax.sweeps.definition import short_names, show
 from gptjax.sweeps.folder import SweepFolder
-from gptjax.sweeps.study import open_journal
+from gptjax.sweeps.study import numbered, open_journal
 from gptjax.train.run import write_atomically
 
 try:
     import optuna
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     from optuna.trial import FrozenTrial, TrialState, create_trial
     from sklearn.exceptions import NotFittedError  # noqa: F401, Optuna's forest is scikit-learn's
 except ImportError:
@@ -44,6 +44,10 @@ class Axis:
     @property
     def choices(self) -> tuple[Any, ...]:
         return self.distribution.choices if isinstance(self.distribution, CategoricalDistribution) else ()
+
+    @property
+    def is_whole(self) -> bool:
+        return isinstance(self.distribution, IntDistribution)
 
     def _ends(self) -> tuple[float, float]:
         low, high = self.distribution.low, self.distribution.high
@@ -82,7 +86,7 @@ def read_search(path: pathlib.Path) -> Searched:
     if "search" not in definition:
         raise UserError(f"{path} is the folder of a sweep that was no search; `gptjax compare {path}` compares its groups.")
     storage, study = open_journal(path)
-    trials = tuple(storage.get_all_trials(study))
+    trials = tuple(numbered(storage.get_all_trials(study)))
     search = definition["search"]
     axes = tuple(Axis(key, distribution) for key, distribution in trials[0].distributions.items()) if trials else ()
     searched = Searched(search["metric"], search["maximize"], axes, trials)

@@ -90,8 +90,10 @@ def _contours(searched: Searched, pairs: Sequence[tuple[Axis, Axis]]) -> Figure:
 
 
 def _ticks(side: Any, set_limits: Any, axis: Axis) -> None:
-    places = [axis.unit(choice) for choice in axis.choices] if axis.choices else list(np.linspace(0, 1, 5))
-    side.set_ticks(places, [show(choice) for choice in axis.choices] or [f"{axis.value(place):.3g}" for place in places])
+    values = axis.choices or [axis.value(place) for place in np.linspace(0, 1, 5)]
+    if axis.is_whole:
+        values = sorted({round(value) for value in values})
+    side.set_ticks([axis.unit(value) for value in values], [show(value) if axis.choices else f"{value:.3g}" for value in values])
     set_limits(-0.03, 1.03)
 
 

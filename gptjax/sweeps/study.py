@@ -74,16 +74,8 @@ class Study:
     # --- the record ---
 
     def trials(self) -> list[FrozenTrial]:
-        """The trials in order of number; one that failed and was run again has the later outcome, and the earlier number."""
-        found: list[FrozenTrial] = []
-        for trial in self._storage.get_all_trials(self._id, deepcopy=True):
-            number = trial.user_attrs.get(RETRY)
-            if number is None:
-                number = len(found)
-                found.append(trial)
-            found[number] = trial
-            trial.number = number
-        return found
+        """The trials in order of number."""
+        return numbered(self._storage.get_all_trials(self._id, deepcopy=True))
 
     def point(self, trial: FrozenTrial) -> dict[str, Any]:
         """{dotted key: value} that was suggested."""
@@ -192,6 +184,16 @@ class Study:
         )
         study.add_trials(history)
         return study, storage
+
+
+def numbered(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Optuna's trials by our numbers: one that failed and was run again has the later outcome, and the earlier number."""
+    found: list[FrozenTrial] = []
+    for trial in trials:
+        number = trial.user_attrs.get(RETRY, len(found))
+        found[number : number + 1] = [trial]
+        trial.number = number
+    return found
 
 
 # --- samplers and pruners ---
