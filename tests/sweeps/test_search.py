@@ -21,6 +21,7 @@ from gptjax.sweeps.folder import SweepFolder
 from gptjax.sweeps.search import Search
 from gptjax.sweeps.space import choice, integers, log_uniform
 from gptjax.sweeps.study import FILE_NAME, Study, open_journal
+from gptjax.sweeps.table import read_rows, search_lines
 from tests.sweeps import drive_search
 from tests.sweeps.drive_search import SPACE, drive, searcher
 
@@ -157,6 +158,11 @@ def test_failures_and_refusals_are_recorded_and_the_rest_go_on(tmp_path):
     definition = SweepFolder(tmp_path).read_definition()
     assert len(definition["search"]["refused"]) == len(by_state["PRUNED"])
     assert len(definition["trials"]) == len(list(tmp_path.glob("trials/*"))) == 14 - len(by_state["PRUNED"])
+    said = search_lines(definition)
+    assert said[0] == f"14 of 14 suggested by random, {len(by_state['PRUNED'])} of them refused by the config's checks"
+    assert all("num_heads=3): " in line for line in said[1:]) and len(said) == 1 + len(by_state["PRUNED"])
+    assert [row.state.status for row in read_rows(SweepFolder(tmp_path))].count("failed") == len(by_state["FAIL"])
+
     assert drive(tmp_path, space=space, sampler="random", trials=14) == 1
     assert record(tmp_path) == trials, "nothing was missing"
 
