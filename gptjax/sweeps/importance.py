@@ -24,7 +24,7 @@ from gptjax.train.run import write_atomically
 
 try:
     import optuna
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
     from optuna.trial import FrozenTrial, TrialState, create_trial
     from sklearn.exceptions import NotFittedError  # noqa: F401, Optuna's forest is scikit-learn's
 except ImportError:
@@ -101,7 +101,7 @@ def read_search(path: pathlib.Path) -> Searched:
 def importances(searched: Searched, seed: int = 0) -> dict[str, float]:
     """{key: share of the variance}, the largest first; they add up to 1."""
     study = optuna.create_study(direction="maximize" if searched.maximize else "minimize")
-    axes = {
+    axes: dict[str, BaseDistribution] = {
         axis.key: CategoricalDistribution([str(i) for i in range(len(axis.choices))]) if axis.choices else FloatDistribution(0, 1)
         for axis in searched.axes
     }

@@ -78,9 +78,8 @@ def _contours(searched: Searched, pairs: Sequence[tuple[Axis, Axis]]) -> Figure:
             if axes is panels[-1]:
                 figure.colorbar(drawn, ax=panels, label=searched.metric)
         for trial in searched.trials:
-            done = trial in searched.complete
-            style = {"marker": "o", "color": "black", "s": 9} if done else {"marker": "x", "color": "#888888", "s": 12}
-            axes.scatter([x.unit(trial.params[x.key])], [y.unit(trial.params[y.key])], linewidths=0.8, **style)
+            mark, colour, size = ("o", "black", 3) if trial in searched.complete else ("x", "#888888", 4)
+            axes.plot(x.unit(trial.params[x.key]), y.unit(trial.params[y.key]), mark, color=colour, markersize=size)
         _ticks(axes.xaxis, axes.set_xlim, x)
         _ticks(axes.yaxis, axes.set_ylim, y)
         axes.set_xlabel(titles[x.key])

@@ -223,6 +223,7 @@ def test_verdicts_are_those_of_optunas_own_loop(tmp_path):
         seen = random.Random(number).randrange(len(curve))  # in two looks
         verdict = ours.judge(number, curve[:seen]) or ours.judge(number, curve, judged=seen)
         assert verdict == expected
+        assert ours.judge(number, curve) == expected, "a driver that comes later sees all at once"
         ours.tell(number, *((optuna.trial.TrialState.PRUNED,) if verdict else (optuna.trial.TrialState.COMPLETE, bowl(params))))
         verdicts.append(verdict)
     assert {None, 1, 3} <= set(verdicts), "some go on, some end at each of two rungs"
