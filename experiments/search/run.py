@@ -80,9 +80,10 @@ def main() -> None:
                 for seed in SEEDS
                 for sampler in SAMPLERS
             ]
-            worst = max(search.result() for search in started)
-        if worst > 1:  # 1: some trials failed, which is a result
-            sys.exit(f"a search was refused or stopped; its log lies in {arguments.workdir}")
+            for search in concurrent.futures.as_completed(started):
+                if search.result() > 1:  # 1: some trials failed, which is a result
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    sys.exit(f"a search was refused or stopped; its log lies in {arguments.workdir}")
     table(arguments.workdir)
 
 
