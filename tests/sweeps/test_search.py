@@ -16,8 +16,10 @@ import optuna
 import pytest
 
 from gptjax.config import UserError
+from gptjax.sweeps import locks
 from gptjax.sweeps.definition import Sweep, load_sweep
 from gptjax.sweeps.folder import SweepFolder
+from gptjax.sweeps.locks import SharedLock
 from gptjax.sweeps.search import Search
 from gptjax.sweeps.space import choice, integers, log_uniform
 from gptjax.sweeps.study import FILE_NAME, Study, open_journal
@@ -292,3 +294,24 @@ def test_another_search_in_the_same_folder_is_refused_and_more_trials_are_not(tm
         drive(tmp_path, trials=3, sampler="random")
     assert drive(tmp_path, trials=4) == 0
     assert len(record(tmp_path)) == 4
+
+
+def test_a_dead_holders_lock_is_had_at_once_and_a_silent_hosts_after_a_while(tmp_path, monkeypatch):
+    path = tmp_path / "study.journal"
+    killed = SharedLock(path)
+    killed.acquire()
+    os.close(killed._descriptor)  # as the kernel does for a process that dies
+    began = time.monotonic()
+    again = SharedLock(path)
+    again.acquire()
+    assert time.monotonic() - began < 1
+    again.release()
+    assert not (tmp_path / "study.journal.lock").exists()
+
+    (tmp_path / ".study.journal.elsewhere").touch()
+    os.link(tmp_path / ".study.journal.elsewhere", tmp_path / "study.journal.lock")
+    monkeypatch.setattr(locks, "PATIENCE", 0.3)
+    began = time.monotonic()
+    again.acquire()
+    assert time.monotonic() - began > 0.3
+    again.release()
