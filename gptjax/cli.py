@@ -24,6 +24,7 @@ from gptjax.verbs import (
     coordinates,
     evaluate,
     generate,
+    importance,
     plan,
     predict,
     report,
@@ -49,6 +50,7 @@ VERBS = (
     compare,
     report,
     speedrun,
+    importance,
     analyze,
     attack,
 )

@@ -127,13 +127,13 @@ def apply_override(values: ml_collections.ConfigDict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"the override {override!r} has no value; write --config.{key}=VALUE.")
-    expected = _declared_type(key)
+    expected = declared_type(key)
     _lay(values, key, parsed(key, text, expected))
 
 
 def apply_value(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
     """Lays a value that is no text over the dotted `key`. Raises `UserError` for an unknown key; `from_dict` checks the type."""
-    _declared_type(key)
+    declared_type(key)
     _lay(values, key, value)
 
 
@@ -147,7 +147,8 @@ def _lay(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
         values[leaf] = value
 
 
-def _declared_type(key: str) -> Any:
+def declared_type(key: str) -> Any:
+    """The type that the schema gives the dotted `key`. Raises `UserError` for an unknown key or a group."""
     cls: Any = Config
     for part in key.split("."):
         types = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}

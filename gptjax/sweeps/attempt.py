@@ -98,9 +98,13 @@ class Attempt:
             self._signal(signal.SIGKILL)
         return None
 
-    def stop(self, kill: bool = False) -> None:
-        """Has the trial save and end; `kill` ends it at once."""
+    def stop(self, kill: bool = False, grace: bool = False) -> None:
+        """Has the trial save and end; `kill` ends it at once, `grace` where it has not ended by itself after that time."""
+        if grace and self._stopped_by_us:
+            return
         self._stopped_by_us = True
+        if grace:
+            self._kill_at = time.time() + GRACE
         self._signal(signal.SIGKILL if kill else signal.SIGTERM)
 
     def _has_ended(self) -> bool:

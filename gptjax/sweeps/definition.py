@@ -12,7 +12,8 @@ from typing import Any
 
 from gptjax import recipes
 from gptjax.config import Config, UserError, flatten, from_dict, underived
-from gptjax.sweeps.space import Space
+from gptjax.sweeps.search import Search, check_search
+from gptjax.sweeps.space import Distribution, Space
 
 WHERE = ("local", "slurm", "jobset")
 
@@ -21,11 +22,12 @@ WHERE = ("local", "slurm", "jobset")
 class Sweep:
     """A recipe, the points laid over it one by one, and how trials run.
 
+    `space` lists the points; with a `search`, it is {key: distribution}, and each point is suggested when a trial can begin.
     `recipe` is FILE.py[:ARG], found as on the command line; `overrides` are laid over it in every trial, below the point's own.
     """
 
     recipe: str
-    space: Space
+    space: Space | Mapping[str, Distribution]
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     timeout: float = 0.0  # seconds that one start of a trial may take; 0: no limit
     retries: int = 0  # further starts of a trial that crashed or ran out of memory
@@ -33,6 +35,7 @@ class Sweep:
     devices: int = 1  # GPUs of each trial, where there are any
     slurm: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # submitit's parameters: slurm_partition=..., ...
     jobset: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # render_jobset.py's options: image=..., ...
+    search: Search | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +52,18 @@ def load_sweep(spec: str) -> Sweep:
     """What `get_sweep` of `FILE.py[:ARG]` returns. Raises `UserError` in one sentence, whatever the file does."""
     path, _, argument = spec.partition(":")
     sweep = recipes.call_file(pathlib.Path(path), "get_sweep", argument, "sweep file")
-    if not isinstance(sweep, Sweep) or not isinstance(sweep.space, Space):
+    if isinstance(sweep, Sweep) and sweep.search is not None:
+        check_search(path, sweep.search, sweep.space)
+    elif not isinstance(sweep, Sweep) or not isinstance(sweep.space, Space):
         what = type(sweep).__name__ if not isinstance(sweep, Sweep) else f"one with a space of type {type(sweep.space).__name__}"
+        if isinstance(sweep, Sweep) and isinstance(sweep.space, Mapping):
+            raise UserError(f"the sweep file {path}: a space of distributions needs Sweep(..., search=Search(trials=...)).")
         raise UserError(f"get_sweep of the sweep file {path} must return a gptjax.sweeps.definition.Sweep, not {what}.")
     for name, least in (("timeout", 0), ("retries", 0), ("cores", 1), ("devices", 1)):
         value = getattr(sweep, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
             raise UserError(f"the sweep file {path}: {name}={value!r} must be a number of at least {least}.")
-    if not len(sweep.space):
+    if not len(sweep.space):  # a search's space has been checked
         raise UserError(f"the sweep file {path}: its space has no points.")
     return sweep
 
@@ -67,19 +74,28 @@ def make_trials(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Trial]:
     `overrides` are texts such as `train.duration_steps=20`, laid over everything. Raises `UserError` naming the first point that
     the schema refuses.
     """
+    if not isinstance(sweep.space, Space):
+        raise TypeError("the trials of a search are not known before it runs.")
     base = recipes.recipe_values(sweep.recipe)
     found: dict[str, tuple[dict[str, Any], Config]] = {}
     for number, point in enumerate(sweep.space, 1):
-        laid = dict(sweep.overrides) | point
-        values = base.copy_and_resolve_references()
         try:
-            recipes.lay_over(values, sweep.recipe, laid, overrides)
-            config = from_dict(values)
+            config = from_dict(lay_point(sweep, point, overrides, base))
         except UserError as error:
             raise UserError(f"point {number} of the sweep ({describe(point) or 'the recipe as it is'}): {error}") from None
         found.setdefault(config_hash(config), (point, config))
     short = short_names(set(varying([point for point, _ in found.values()])))
-    return [Trial(_name(point, short, digest), digest, point, config) for digest, (point, config) in found.items()]
+    return [Trial(readable_name(point, short, digest), digest, point, config) for digest, (point, config) in found.items()]
+
+
+def lay_point(sweep: Sweep, point: Mapping[str, Any], overrides: Sequence[str], base: Any = None) -> Any:
+    """The ConfigDict of recipe, sweep, point and command line, each over the one before; `base`: what the recipe says, if read.
+
+    Raises `UserError` for an unknown key; the values are checked where it becomes a `Config`.
+    """
+    values = (recipes.recipe_values(sweep.recipe) if base is None else base).copy_and_resolve_references()
+    recipes.lay_over(values, sweep.recipe, {**sweep.overrides, **point}, overrides)
+    return values
 
 
 def config_hash(config: Config) -> str:
@@ -131,6 +147,7 @@ def as_override(key: str, value: Any) -> str:
     return f"{key}={value!r}" if isinstance(value, float) else f"{key}={value}"
 
 
-def _name(point: Mapping[str, Any], short: Mapping[str, str], digest: str) -> str:
+def readable_name(point: Mapping[str, Any], short: Mapping[str, str], digest: str) -> str:
+    """A folder's name: the point in letters that any file system takes, and the hash."""
     readable = re.sub(r"[^A-Za-z0-9=,.+-]+", "_", describe(point, short).replace(", ", ","))[:80].strip(".,-_")
     return f"{readable}-{digest}" if readable else digest

@@ -1,7 +1,8 @@
 """A sweep's folder: its files, and what became of each trial so far.
 
     sweep.json                the trials in order, and how they run
-    run.lock                  while a driver lives
+    run.lock                  while a driver lives; workers/NAME/run.lock: while that worker of a search does
+    study.journal             a search's record: see study.py
     trials/NAME/              a run's folder like any other, and in it
         requested.json          the config that the run is started with
         trial.json              its `State`
@@ -19,7 +20,7 @@ import json
 import os
 import pathlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptjax.config import Config, UserError, from_json, to_json
@@ -33,8 +34,8 @@ FAILURES = ("config", "crash", "nonfinite", "timeout", "memory")
 class State:
     """What became of a trial.
 
-    `status`: waiting, queued (by SLURM), running, stopped (it goes on at the next start), done or failed; then `kind` is one of
-    FAILURES, and `why` a sentence. Times are in seconds, `started` since 1970.
+    `status`: waiting, queued (by SLURM), running, stopped (it goes on at the next start), done, pruned (by a search, for good) or
+    failed; then `kind` is one of FAILURES, and `why` a sentence. Times are in seconds, `started` since 1970.
     """
 
     status: str = "waiting"
@@ -50,6 +51,7 @@ class State:
     started: float = 0.0  # the latest start
     seconds: float = 0.0  # of all starts that have ended
     loss: float | None = None  # of the evaluation at the end
+    pruned_at: int | None = None  # step whose evaluation decided it
 
     def is_alive(self) -> bool:
         """Whether its process runs; one on another host is believed."""
@@ -73,14 +75,22 @@ class SweepFolder:
     def write_definition(self, trials: Sequence[Trial], about: dict[str, Any]) -> None:
         """`sweep.json`, and the folder and config of each trial."""
         for trial in trials:
-            folder = self.trial(trial.name)
-            folder.mkdir(parents=True, exist_ok=True)
-            text = to_json(trial.config).encode()
-            path = folder / "requested.json"
-            if not path.exists() or path.read_bytes() != text:
-                write_atomically(path, text)
+            self.write_trial(trial)
         listed = [{"name": trial.name, "hash": trial.hash, "overrides": trial.overrides} for trial in trials]
-        write_json(self.path / "sweep.json", about | {"trials": listed})
+        self.write_list(listed, about)
+
+    def write_trial(self, trial: Trial) -> None:
+        """The folder and config of one trial."""
+        folder = self.trial(trial.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = to_json(trial.config).encode()
+        path = folder / "requested.json"
+        if not path.exists() or path.read_bytes() != text:
+            write_atomically(path, text)
+
+    def write_list(self, listed: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+        """`sweep.json`: {name, hash, overrides} of each trial, and how they run."""
+        write_json(self.path / "sweep.json", {**about, "trials": list(listed)})
 
     def read_definition(self) -> dict[str, Any]:
         """Raises `UserError` where the folder is no sweep's."""
@@ -109,6 +119,8 @@ class SweepFolder:
     def observed(self, name: str) -> State:
         """The state, as it must be by what else is known: finished runs are done, and a process that died no longer runs."""
         state = self.state(name)
+        if state.status == "pruned":  # one that was quicker to finish than to be stopped too: the search has not seen its end
+            return state
         result = read_result(self.trial(name))
         if result is not None:
             return dataclasses.replace(state, status="done", kind="", why="", loss=result["eval"]["loss"])

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from gptjax.config import Config
@@ -51,7 +51,7 @@ def read_rows(folder: SweepFolder) -> list[Row]:
 
 def _row(folder: SweepFolder, number: int, name: str, label: str) -> Row:
     state, latest = folder.observed(name), latest_metrics(folder.trial(name) / FILE_NAME)
-    step, total = latest.get("step", 0), _total_steps(folder.requested(name))
+    step, total = latest.get("step", 0), total_steps(folder.requested(name))
     if state.status == "done":
         progress: float | None = 1.0
     else:
@@ -71,7 +71,7 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _total_steps(config: Config) -> int:
+def total_steps(config: Config) -> int:
     """0 where the length is in epochs, which only the data can turn into steps."""
     return config.duration("train", "duration", steps_per_epoch=0.0)
 
@@ -96,15 +96,34 @@ def latest_metrics(path: pathlib.Path) -> dict[str, Any]:
     return merged
 
 
-def estimate(rows: Sequence[Row], jobs: int) -> float | None:
-    """Seconds until all trials have ended: what running ones have left, and the mean of what is known for each that waits."""
+def search_lines(definition: Mapping[str, Any]) -> list[str]:
+    """Of a search: how much has been suggested, and what the config's checks refused. [] for other sweeps."""
+    if "search" not in definition:
+        return []
+    search = definition["search"]
+    refused = search["refused"]
+    count = f", {len(refused)} of them refused by the config's checks" if refused else ""
+    told = [f"  {entry['number']:03d} refused ({describe(entry['overrides'])}): {entry['why']}" for entry in refused]
+    return [f"{search['suggested']} of {search['limit']} suggested by {search['sampler']}{count}", *told]
+
+
+def to_come(definition: Mapping[str, Any]) -> int:
+    """How many trials a search has yet to suggest."""
+    search = definition.get("search", {"limit": 0, "suggested": 0})
+    return max(search["limit"] - search["suggested"], 0)
+
+
+def estimate(rows: Sequence[Row], jobs: int, more: int = 0) -> float | None:
+    """Seconds until all trials and `more` to come have ended: what running ones have left, and for each other the mean of what
+    is known.
+    """
     known = [row.elapsed for row in rows if row.state.status == "done" and row.elapsed]
     known += [row.elapsed + row.remaining for row in rows if row.remaining is not None]
     if not known:
         return None
     mean = sum(known) / len(known)
     left = [row.remaining if row.remaining is not None else max(mean - row.elapsed, 0) for row in rows if _is_running(row)]
-    waiting = sum(row.state.status in ("waiting", "queued", "stopped") for row in rows)
+    waiting = sum(row.state.status in ("waiting", "queued", "stopped") for row in rows) + more
     return max(max(left, default=0.0), (sum(left) + waiting * mean) / max(jobs, 1))
 
 
@@ -112,11 +131,11 @@ def _is_running(row: Row) -> bool:
     return row.state.status == "running"
 
 
-def lines(rows: Sequence[Row], jobs: int, width: int = 130, most: int = 0) -> list[str]:
+def lines(rows: Sequence[Row], jobs: int, width: int = 130, most: int = 0, more: int = 0) -> list[str]:
     """The table and a line that sums it up; with `most`, that many trials, those that say most first."""
     shown = list(rows)
     if most and len(rows) > most:
-        order = {"running": 0, "failed": 1, "stopped": 2, "queued": 3, "done": 4, "waiting": 5}
+        order = {"running": 0, "failed": 1, "stopped": 2, "queued": 3, "done": 4, "pruned": 5, "waiting": 6}
         shown = sorted(sorted(rows, key=lambda row: order[row.state.status])[:most], key=lambda row: row.number)
     cells = [("#", "trial", "status", "step", "", "loss", "time", "ETA", "why"), *map(_cells, shown)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
@@ -130,7 +149,7 @@ def lines(rows: Sequence[Row], jobs: int, width: int = 130, most: int = 0) -> li
         made.append("  ".join(padded)[:width].rstrip())
     if len(shown) < len(rows):
         made.append(f"... and {len(rows) - len(shown)} more")
-    return [*made, summary(rows, jobs)[:width]]
+    return [*made, summary(rows, jobs, more)[:width]]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -150,15 +169,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def summary(rows: Sequence[Row], jobs: int) -> str:
+def summary(rows: Sequence[Row], jobs: int, more: int = 0) -> str:
     """`3 of 8 done, 2 running, 1 failed (timeout); about 4:10 left`"""
     count = Counter(row.state.status for row in rows)
     parts = [f"{count['done']} of {len(rows)} done"]
-    parts += [f"{count[status]} {status}" for status in ("running", "queued", "waiting", "stopped") if count[status]]
+    parts += [f"{count[status]} {status}" for status in ("pruned", "running", "queued", "waiting", "stopped") if count[status]]
     if count["failed"]:
         kinds = Counter(row.state.kind for row in rows if row.state.status == "failed")
         parts.append(f"{count['failed']} failed ({', '.join(f'{number} {kind}' for kind, number in kinds.items())})")
-    left = estimate(rows, jobs) if count["running"] + count["queued"] else None
+    left = estimate(rows, jobs, more) if count["running"] + count["queued"] else None
     return ", ".join(parts) + (f"; about {format_seconds(left)} left" if left is not None else "")
 
 
@@ -191,7 +210,8 @@ class LiveTable:
         if not self._is_terminal or time.monotonic() - self._drawn_at < self._interval:
             return
         size = shutil.get_terminal_size()
-        drawn = lines(read_rows(self._folder), self._jobs, size.columns - 1, most=max(size.lines - 5, 3))
+        more = to_come(self._folder.read_definition())
+        drawn = lines(read_rows(self._folder), self._jobs, size.columns - 1, most=max(size.lines - 5, 3), more=more)
         self._erase()
         self._stream.write("\n".join(drawn) + "\n")
         self._stream.flush()
@@ -201,7 +221,8 @@ class LiveTable:
         """Leaves the whole table standing, on a terminal or not."""
         self._erase()
         width = shutil.get_terminal_size().columns - 1 if self._is_terminal else 10**6
-        self._stream.write("\n".join(lines(read_rows(self._folder), self._jobs, width)) + "\n")
+        searched = search_lines(self._folder.read_definition())
+        self._stream.write("\n".join([*lines(read_rows(self._folder), self._jobs, width), *searched]) + "\n")
         self._stream.flush()
 
     def _erase(self) -> None:

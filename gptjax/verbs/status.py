@@ -28,14 +28,16 @@ It reads state files and metrics only, disturbs nothing, and needs no driver to 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from gptjax.sweeps.table import as_json, estimate, lines, read_rows
+    from gptjax.sweeps.table import as_json, estimate, lines, read_rows, search_lines, to_come
 
     folder = SweepFolder(pathlib.Path(arguments.folder))
-    jobs = folder.read_definition()["jobs"]
+    definition = folder.read_definition()
+    jobs, more = definition["jobs"], to_come(definition)
     rows = read_rows(folder)
     if arguments.json:
-        print_json({"trials": as_json(rows), "seconds_left": estimate(rows, jobs)})
+        refused = {"refused": definition["search"]["refused"], "to_come": more} if "search" in definition else {}
+        print_json({"trials": as_json(rows), "seconds_left": estimate(rows, jobs, more)} | refused)
         return 0
     width = shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else 10**6
-    print("\n".join(lines(rows, jobs, width)))
+    print("\n".join([*lines(rows, jobs, width, more=more), *search_lines(definition)]))
     return 0
