@@ -12,9 +12,11 @@ killed, whenever it is, finds the same spike again or goes on behind it; and so 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import pathlib
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptjax.config import Config, TrainConfig
@@ -107,3 +109,20 @@ class Watch:
         """The watch with which the run goes on from the rewind's checkpoint."""
         rewinds = [*self.rewinds, dataclasses.replace(rewind, skipped_rows=skipped_rows)]
         return Watch(self.config, at_checkpoint.values, 0, rewinds)
+
+
+def recorded_rewinds(workdir: pathlib.Path) -> list[Rewind]:
+    """All of a run's rewinds until now, in the order of their finding: by its result, or else by what its checkpoints hold.
+
+    Where a run was killed between its way back and the checkpoint of it, that way back is not among them: it will be found again.
+    """
+    abouts = [path for path in sorted((workdir / "checkpoints").glob("*/metadata.json")) if path.parent.name.isdigit()]
+    found = [json.loads(path.read_text(encoding="utf-8"))["metadata"].get("spikes", {}).get("rewinds", []) for path in abouts]
+    if (workdir / "result.json").is_file():
+        found.append(json.loads((workdir / "result.json").read_text(encoding="utf-8")).get("rewinds", []))
+    return [Rewind(**rewind) for rewind in max(found, key=len, default=[])]
+
+
+def skipped_before(rewinds: Sequence[Rewind], step: int) -> int:
+    """Rows passed over before `step`, as it was taken last: that of the latest way back to a step before it."""
+    return next((one.skipped_rows for one in reversed(rewinds) if one.back_to < step), 0)
