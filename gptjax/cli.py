@@ -26,6 +26,7 @@ from gptjax.verbs import (
     generate,
     plan,
     predict,
+    replay,
     reproduce,
     status,
     sweep,
@@ -47,6 +48,7 @@ VERBS = (
     status,
     compare,
     reproduce,
+    replay,
     analyze,
     attack,
 )

@@ -52,6 +52,21 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.run",
     ),
     "gptjax.train.reproduction": ("gptjax.config", "gptjax.data", "gptjax.parallel", "gptjax.recipes", "gptjax.train"),
+    "gptjax.train.replay_report": ("gptjax.train.documents", "gptjax.train.replay"),
+    "gptjax.train.attribution": (
+        "gptjax.config",
+        "gptjax.model",
+        "gptjax.parallel.sharding",
+        "gptjax.tasks.losses",
+        "gptjax.train",
+    ),
+    "gptjax.train.documents": (
+        "gptjax.config",
+        "gptjax.data",
+        "gptjax.tasks.load",
+        "gptjax.train.attribution",
+        "gptjax.train.state",
+    ),
     "gptjax.train.replay": (
         "gptjax.config",
         "gptjax.data",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,9 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import Config
+from gptjax.config import Config, Stages, UserError
 from gptjax.data.pipeline import Mixture, Split, steps_per_epoch, train_batches
 from gptjax.parallel import hosts
+from gptjax.parallel.mesh import check_divides
 from gptjax.parallel.sharding import batch_sharding, use_rules
 from gptjax.train.optimizers import Lengths
 from gptjax.train.step import make_train_step
@@ -33,3 +35,14 @@ def step_batches(
         for batch in train_batches(config, split, step, share, skipped_rows):
             yield train_step, hosts.place_batch(sharding, batch, size)
             step += 1
+
+
+def check_steps_divide(config: Config, stages: Stages, mesh: Mesh) -> None:
+    """Raises `UserError` where the batch of a stage does not divide over the mesh. Rows that are cut stay on their device."""
+    check_divides(config, mesh)
+    for stage in stages.every[:-1]:
+        data = dataclasses.replace(config.data, batch_size=stage.batch_size, seq_len=stage.seq_len)
+        try:
+            check_divides(dataclasses.replace(config, data=data), mesh)
+        except UserError as error:
+            raise UserError(f"in the warm-up's steps of {stage.batch_size} rows of {stage.seq_len} tokens, {error}") from None

@@ -30,13 +30,13 @@ from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.text import generate_text
 from gptjax.parallel import hosts
-from gptjax.parallel.mesh import check_divides, make_mesh
+from gptjax.parallel.mesh import make_mesh
 from gptjax.tasks.load import TaskDataset, load_tasks
 from gptjax.tasks.table import TASKS
 from gptjax.train.checkpoints import CheckpointError, Checkpoints
 from gptjax.train.curve import draw_loss_curve
 from gptjax.train.evaluate import by_source, evaluate
-from gptjax.train.feed import step_batches
+from gptjax.train.feed import check_steps_divide, step_batches
 from gptjax.train.flops import describe_mfu, device_peak, flops_per_token, mfu
 from gptjax.train.groups import trained_count
 from gptjax.train.metrics import LiveLine, MetricsWriter, NoMetrics, log_to_stderr, parameter_table, step_figures
@@ -120,7 +120,7 @@ def train(
         lengths = Lengths.of(config, epoch_steps)
         mesh = make_mesh(config.mesh)
         stages = config.stages(epoch_steps)
-        _check_stages(config, stages, mesh)
+        check_steps_divide(config, stages, mesh)
         result = hosts.from_process_0(_open_folder(workdir, config, allow_changes, log) if hosts.is_primary() else None)
         if result is not None and result["steps"] >= lengths.total:
             log(f"{workdir} holds a finished run of {result['steps']} steps, eval loss {result['eval']['loss']:.4f}.")
@@ -235,17 +235,6 @@ def _initial_params(
     if not int(state.step):
         return state.params
     return init_state(config, lengths, mesh, initial_params(config, mesh, log, tokenizer)).params
-
-
-def _check_stages(config: Config, stages: Stages, mesh: Mesh) -> None:
-    """Raises `UserError` where the batch of a stage does not divide over the mesh. Rows that are cut stay on their device."""
-    check_divides(config, mesh)
-    for stage in stages.every[:-1]:
-        data = dataclasses.replace(config.data, batch_size=stage.batch_size, seq_len=stage.seq_len)
-        try:
-            check_divides(dataclasses.replace(config, data=data), mesh)
-        except UserError as error:
-            raise UserError(f"in the warm-up's steps of {stage.batch_size} rows of {stage.seq_len} tokens, {error}") from None
 
 
 def _describe(run: Run, state: TrainState) -> None:

@@ -118,8 +118,8 @@ def _file_hash(paths: Iterable[pathlib.Path]) -> str:
     return digest.hexdigest()[:32]
 
 
-def check_same_data(workdir: pathlib.Path, config: Config, dataset: Dataset, from_start: bool = True) -> str:
-    """Raises `UserError` where the run in `workdir` had other data than `dataset`, or (`from_start`) another `init_from`.
+def check_same_data(workdir: pathlib.Path, dataset: Dataset) -> str:
+    """Raises `UserError` where the run in `workdir` had other data than `dataset`.
 
     A sentence for the reader where the folder does not say which data it had; "" where they are the same.
     """
@@ -131,16 +131,26 @@ def check_same_data(workdir: pathlib.Path, config: Config, dataset: Dataset, fro
         was, found = (str(prints.get(changed[0], "none"))[:12] for prints in (then, now))
         raise UserError(
             f"{workdir} was trained on other data: the fingerprint of {changed[0]} was {was} and is {found} now; bring back the "
-            "text and the tokenizer that it had, or name them by --config.data.path and the like."
-        )
-    initial = starts[0]["init_from"]
-    if from_start and initial is not None and (found_there := initial_fingerprint(config)) != initial:
-        there = "is not there any more" if found_there is None else f"holds others now ({_told(found_there)})"
-        raise UserError(
-            f"init_from={config.init_from}, whose parameters {workdir} began with ({_told(initial)}), {there}; bring them back, "
-            "or name the folder that holds them by --config.init_from."
+            "text and the tokenizer that it had, or say where they are by --config.data.path and the like."
         )
     return ""
+
+
+def check_same_initial(workdir: pathlib.Path, config: Config) -> None:
+    """Raises `UserError` where `init_from` does not hold what the run in `workdir` began with, as far as its folder says so."""
+    starts = starts_of(workdir)
+    then = starts[0]["init_from"] if starts else None
+    now = initial_fingerprint(config)
+    if config.init_from and now is None:
+        raise UserError(
+            f"init_from={config.init_from}, whose parameters {workdir} began with, is not there any more; bring it back, or say "
+            "where it is by --config.init_from."
+        )
+    if then is not None and now is not None and then != now:
+        raise UserError(
+            f"init_from={config.init_from} holds other parameters now ({_told(now)}) than {workdir} began with ({_told(then)}); "
+            "bring those back, or say where they are by --config.init_from."
+        )
 
 
 def _told(initial: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.train.agreement import Agreement, agreement
 from gptjax.train.loop import train
 from gptjax.train.metrics import FILE_NAME, read_metrics
-from gptjax.train.provenance import Change, changes, check_same_data, environments, starts_of
+from gptjax.train.provenance import Change, changes, check_same_data, check_same_initial, environments, starts_of
 from gptjax.train.rewind import recorded_rewinds
 from gptjax.train.run import environment, read_result, write_json
 
@@ -114,10 +114,12 @@ def reproduce(
     again = with_own_checkpoints(config, until)
     if hosts.is_primary():
         _claim(folder, workdir, again)
-    notes = _of_changed_configs(folder, until)
+    notes = of_changed_configs(folder, until)
+    if not any((workdir / "checkpoints").glob("*/manifest.json")):
+        check_same_initial(folder, again)
 
     def accepts(dataset: Dataset) -> None:
-        if note := check_same_data(folder, again, dataset):
+        if note := check_same_data(folder, dataset):
             notes.append(note)
 
     train(again, workdir, until=until, accepts=accepts)
@@ -186,7 +188,7 @@ def _of(marker: pathlib.Path) -> str:
         raise UserError(f"{marker} is damaged ({error}); remove its folder, or take another --workdir.") from None
 
 
-def _of_changed_configs(folder: pathlib.Path, until: int) -> list[str]:
+def of_changed_configs(folder: pathlib.Path, until: int) -> list[str]:
     """A sentence for each start that went on with another config: what came before it was made with the other one."""
     found = []
     for start in starts_of(folder):

@@ -28,7 +28,7 @@ from gptjax.train.flops import matmul_parameters
 from gptjax.train.groups import decay_mask, parameter_path
 from gptjax.train.objectives import causal
 from gptjax.train.optimizers import _muon_dimensions
-from gptjax.train.step import step_dropout_keys, example_loss, init_params, summed_gradients
+from gptjax.train.step import example_loss, init_params, step_dropout_keys, summed_gradients
 from tests.small import random_batch, random_params, small, tree_close
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
