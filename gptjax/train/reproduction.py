@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -125,7 +126,7 @@ def reproduce(
     train(again, workdir, until=until, accepts=accepts)
     found = _compared(folder, workdir, rows, until, notes, config, tolerance)
     if hosts.is_primary():
-        write_json(workdir / FILE, _plain(found.as_json() | {"of": str(folder.resolve()), "ended": True}))
+        write_json(workdir / FILE, _plain(found.as_json() | {"of": _named(folder, workdir), "ended": True}))
     return found
 
 
@@ -164,7 +165,7 @@ def _claim(folder: pathlib.Path, workdir: pathlib.Path, config: Config) -> None:
     if workdir.is_dir() and any(path.name != "run.lock" for path in workdir.iterdir()):
         if not marker.is_file():
             raise UserError(f"{workdir} holds something else than a reproduction; take another --workdir.")
-        if _of(marker) != str(folder.resolve()):
+        if _of(marker) != _named(folder, workdir):
             raise UserError(f"{workdir} holds the reproduction of {_of(marker)}; take another --workdir.")
         own = workdir / "config.json"
         before = config_lib.from_json(own) if own.is_file() else config
@@ -176,9 +177,15 @@ def _claim(folder: pathlib.Path, workdir: pathlib.Path, config: Config) -> None:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(marker, {"of": str(folder.resolve()), "ended": False})
+        write_json(marker, {"of": _named(folder, workdir), "ended": False})
     except OSError as error:
         raise UserError(f"{workdir} cannot be written ({error.strerror}); name another folder by --workdir.") from None
+
+
+def _named(folder: pathlib.Path, workdir: pathlib.Path) -> str:
+    """The run as seen from its reproduction: the two may be moved together where one is inside the other."""
+    folder, workdir = folder.resolve(), workdir.resolve()
+    return os.path.relpath(folder, workdir) if workdir.is_relative_to(folder) else str(folder)
 
 
 def _of(marker: pathlib.Path) -> str:
@@ -211,6 +218,8 @@ def _compared(
     states = tuple(result["state_sha256"] for result in results if result)
     known = environments(folder)
     now = environment() | {"mesh": dict(make_mesh(config.mesh).shape)}
+    if any(then.get("git_dirty") is True for _, then in known) or now["git_dirty"] is True:
+        notes = [*notes, "the code of then or of now has changes that no commit holds: whether it is the same cannot be told."]
     return Reproduction(
         folder,
         workdir,

@@ -11,6 +11,7 @@ killed, whenever it is, finds the same spike again or goes on behind it; and so 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -112,15 +113,16 @@ class Watch:
 
 
 def recorded_rewinds(workdir: pathlib.Path) -> list[Rewind]:
-    """All of a run's rewinds until now, in the order of their finding: by its result, or else by what its checkpoints hold.
+    """All of a run's rewinds until now, in the order of their finding, by its result and by what its checkpoints hold.
 
     Where a run was killed between its way back and the checkpoint of it, that way back is not among them: it will be found again.
     """
-    abouts = [path for path in sorted((workdir / "checkpoints").glob("*/metadata.json")) if path.parent.name.isdigit()]
-    found = [json.loads(path.read_text(encoding="utf-8"))["metadata"].get("spikes", {}).get("rewinds", []) for path in abouts]
-    if (workdir / "result.json").is_file():
-        found.append(json.loads((workdir / "result.json").read_text(encoding="utf-8")).get("rewinds", []))
-    return [Rewind(**rewind) for rewind in max(found, key=len, default=[])]
+    found: list[Any] = [[]]
+    for path in [*sorted((workdir / "checkpoints").glob("*/metadata.json")), workdir / "result.json"]:
+        with contextlib.suppress(OSError, ValueError):  # a damaged checkpoint is told of where it would be used
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found.append(content.get("metadata", {}).get("spikes", content).get("rewinds", []))
+    return [Rewind(**rewind) for rewind in max(found, key=len)]
 
 
 def skipped_before(rewinds: Sequence[Rewind], step: int) -> int:

@@ -26,9 +26,8 @@ from gptjax.train.checkpoints import Checkpoints
 from gptjax.train.documents import documents_of
 from gptjax.train.objectives import OBJECTIVES
 from gptjax.train.optimizers import Lengths
-from gptjax.train.replay import _same_way, replay
+from gptjax.train.replay import replay
 from gptjax.train.replay_report import by_layer, lines
-from gptjax.train.rewind import Rewind, skipped_before
 from gptjax.train.run import named_leaves
 from gptjax.train.step import (
     abstract_state,
@@ -44,8 +43,6 @@ from tests.model.test_decoder import forward_64
 from tests.small import random_batch, random_params, small
 from tests.tasks import text_cases
 from tests.train.runs import quiet, small_run, write_documents
-from tests.train.test_rewind import config as spiky  # noqa: F401 (a fixture)
-from tests.train.test_rewind import undisturbed  # noqa: F401 (a fixture)
 
 STEPS = 4
 
@@ -123,7 +120,8 @@ def test_norms_are_those_of_the_checkpoints(run, third):
                 slack = 2**-23 * np.linalg.norm(old)
                 assert one.update == pytest.approx(np.linalg.norm(new - old), rel=1e-5, abs=slack)
             if rate is not None:
-                slack = 2**-23 * one.parameters
+                # A shift of all scores changes no attention: the gradient of key biases is nothing but rounding.
+                slack = 2**-23 * one.parameters + 1e-9 * found.figures["gradient_norm"]
                 assert one.update == pytest.approx(rate * factor * one.gradient, rel=1e-4, abs=slack), one.name
     assert {one.layer for one in third.norms if one.name.startswith("layers/")} == {0, 1}
 
@@ -170,45 +168,6 @@ def test_refusals(run, arguments: dict[str, Any], said: str):
         replay(run.parent, 1, log=quiet)
 
 
-# --- after spikes -------------------------------------------------------------------------------------------------------------
-
-FIRST = Rewind(27, 26, 24, 9.0, 3.0, 16)
-SECOND = Rewind(26, 25, 24, 9.0, 3.0, 28)
-EARLIER = Rewind(30, 29, 20, 9.0, 3.0, 60)
-
-
-def test_rows_passed_over_before_each_step():
-    assert [skipped_before((FIRST, SECOND), step) for step in (1, 24, 25, 40)] == [0, 0, 28, 28]
-    assert [skipped_before((FIRST, EARLIER), step) for step in (20, 21, 25, 40)] == [0, 60, 60, 60]
-    assert [skipped_before((EARLIER, SECOND), step) for step in (20, 21, 24, 25)] == [0, 60, 60, 28]
-
-
-def test_a_checkpoint_serves_where_its_steps_took_the_same_rows():
-    assert _same_way((), (FIRST,), 24) and not _same_way((), (FIRST,), 25)
-    assert _same_way((FIRST,), (), 24) and not _same_way((FIRST,), (FIRST, SECOND), 30)
-    assert _same_way((FIRST, SECOND), (FIRST, SECOND), 40) and not _same_way((FIRST,), (FIRST, EARLIER), 24)
-
-
-def test_a_step_behind_a_rewind_is_the_one_that_was_taken_last(spiky, undisturbed):  # noqa: F811
-    folder, _ = undisturbed
-    last = replay(folder, 26, log=quiet)
-    assert last.rewinds == last.of_rewinds == 2 and last.agreement.is_exact
-    assert last.agreement.compared == 6 * (26 - last.from_step)
-    assert set("".join(one.text for one in last.documents)) <= set("0123456789"), "the letters were passed over"
-
-
-@pytest.mark.parametrize(("rewinds", "step"), [(0, 27), (1, 26)])
-def test_the_spike_itself_is_shown_with_the_value_by_which_it_was_found(spiky, undisturbed, rewinds: int, step: int):  # noqa: F811
-    folder, result = undisturbed
-    found = replay(folder, step, rewinds, log=quiet)
-    assert result["rewinds"][rewinds]["found_at"] == step and result["rewinds"][rewinds]["value"] == found.figures["train/loss"]
-    assert found.agreement.is_exact and found.agreement.last_step == step and found.from_step == 0
-    assert not set(found.documents[0].text) <= set("0123456789")
-    assert found.figures["train/loss"] > 2 * found.before["train/loss"]
-    with pytest.raises(UserError, match=f"went back at step {step}, and had not come so far"):
-        replay(folder, step + 1, rewinds, log=quiet)
-
-
 # --- every part of the loss ---------------------------------------------------------------------------------------------------
 
 EVERYTHING = {
@@ -223,6 +182,10 @@ EVERYTHING = {
 }
 
 
+def on_devices(batch: Any) -> Any:
+    return {name: jnp.asarray(array) for name, array in batch.items()}
+
+
 def state_of(config: Config) -> Any:
     mesh = make_mesh(config.mesh)
     return mesh, init_state(config, Lengths(4, 0, 1), mesh, random_params(config))
@@ -232,7 +195,7 @@ def test_targets_cost_what_they_add_to_the_loss():
     """The loss of a batch is the sum over its micro-batches; without a target it is less by what that target cost."""
     config = small(EVERYTHING)
     mesh, state = state_of(config)
-    batch = {name: jnp.asarray(array) for name, array in random_batch(config).items()}
+    batch = on_devices(random_batch(config))
     losses, nll, weights = target_losses(config, mesh, state, batch)
     example = OBJECTIVES["causal"](batch)
     np.testing.assert_array_equal(weights, example.weights)
@@ -262,7 +225,7 @@ def test_masked_documents(tmp_path):
     mesh, state = state_of(config)
     batch = step_batch(config, dataset.train, 2)
     stage = config.stages(steps_per_epoch(config, dataset.train)).at(2)
-    found = documents_of(config, config.at_stage(stage), dataset, mesh, state, batch, 2, 0)
+    found = documents_of(config, config.at_stage(stage), dataset, mesh, state, on_devices(batch), 2, 0)
     assert sum(one.weight for one in found) == (batch["targets"] >= 0).sum() > 3
     for one in found:
         assert one.shown is not None and (one.weight == 0) == (one.shown == one.text or not one.targets)
@@ -283,7 +246,7 @@ def test_examples_of_several_tasks_add_up_and_a_classification_is_its_cross_entr
     mesh, state = state_of(config)
     batch = step_batch(config, dataset.train, 1)
     stage = config.stages(steps_per_epoch(config, dataset.train)).at(1)
-    found = documents_of(config, config.at_stage(stage), dataset, mesh, state, batch, 1, 0)
+    found = documents_of(config, config.at_stage(stage), dataset, mesh, state, on_devices(batch), 1, 0)
     assert {one.source for one in found} == {"label", "write", "talk", "prefer"}
 
     @jax.jit
@@ -292,7 +255,7 @@ def test_examples_of_several_tasks_add_up_and_a_classification_is_its_cross_entr
         filled = with_units(config, params, batch, head_options(config))
         return hidden, task_losses(config, params, hidden, within_model(filled), head_options(config))
 
-    hidden, (loss, parts) = whole(state.params, {name: jnp.asarray(array) for name, array in batch.items()})
+    hidden, (loss, parts) = whole(state.params, on_devices(batch))
     assert sum(one.loss for one in found) == pytest.approx(float(loss), rel=2e-6)
     assert sum(one.weight for one in found) == pytest.approx(float(parts["weight_sum"]), rel=2e-6)
     kernel = np.float64(state.params["task_heads"]["label"]["kernel"])

@@ -110,7 +110,8 @@ def test_a_run_is_reproduced_to_the_bit_and_nothing_in_its_folder_changes(run, c
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert cli.main(["reproduce", str(run), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["exact"] and told["steps"] == told["of_steps"] == STEPS and told["environment"] == []
+    assert told["exact"] and told["steps"] == told["of_steps"] == STEPS
+    assert [change for change in told["environment"] if not change["name"].startswith("git_")] == []
     assert told["state_sha256"]["now"] == json.loads((run / "result.json").read_text())["state_sha256"]
     assert {"train/loss", "gradient_norm", "learning_rate", "eval/loss"} <= set(told["numbers"]["keys"])
     # tokens and 6 figures at each step; tokens and 5 of each evaluation, of steps 2, 4 and 6
