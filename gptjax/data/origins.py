@@ -67,7 +67,8 @@ def batch_origins(config: Config, split: Split | Mixture, step: int, skipped_row
     for number, one in enumerate(splits):
         own = source == number
         document[own] = np.searchsorted(one.offsets, place[own], side="right") - 1
-    return Origins(splits, *(np.where(real, array, -1) for array in (source, place, document)), low["segment_ids"])
+    source, place, document = (np.where(real, array, -1) for array in (source, place, document))
+    return Origins(splits, source, place, document, low["segment_ids"])
 
 
 class _Values:

@@ -5,6 +5,7 @@ Letters as in the decoder: B rows, T positions, L layers; G documents or example
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,10 @@ def target_losses(config: Config, mesh: Mesh, state: TrainState, batch: Batch) -
     routers' losses (the same for each target) are in it, by the code that trains.
     """
 
+    return _on_mesh(_target_losses, config, mesh)(state, batch)
+
+
+def _target_losses(config: Config, state: TrainState, batch: Batch) -> Any:
     def of_batch(params: Any, batch: Batch, keys: Any) -> tuple[jax.Array, ...]:
         example = OBJECTIVES[config.objective.name](batch)
 
@@ -54,11 +59,8 @@ def target_losses(config: Config, mesh: Mesh, state: TrainState, batch: Batch) -
         nll_BT = token_nll(hidden_BTD, output_table(params, config.model), example.targets, **head_options(config))
         return jax.grad(loss_of)(example.weights), nll_BT, example.weights
 
-    def of_step(state: TrainState, batch: Batch) -> Any:
-        found = _by_micro_batch(config, state, batch, of_batch)
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
-
-    return _on_mesh(config, mesh, of_step)(state, batch)
+    found = _by_micro_batch(config, state, batch, of_batch)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
 
 
 def group_losses(
@@ -70,6 +72,10 @@ def group_losses(
     example alone, everything that the others want being taken away.
     """
     batch = dict(batch) | {"group": jax.device_put(jnp.asarray(groups_BT), batch["tokens"].sharding)}
+    return _on_mesh(_group_losses, config, mesh, count)(state, batch)
+
+
+def _group_losses(config: Config, count: int, state: TrainState, batch: Batch) -> Any:
     options = head_options(config)
 
     def of_batch(params: Any, batch: Batch, keys: Any) -> tuple[jax.Array, ...]:
@@ -82,11 +88,8 @@ def group_losses(
 
         return jax.lax.map(of_group, jnp.arange(1, count + 1))
 
-    def of_step(state: TrainState, batch: Batch) -> Any:
-        whole = dict(with_units(config, state.params, batch, options))
-        return jax.tree.map(lambda x: x.sum(0), _by_micro_batch(config, state, whole, of_batch))
-
-    return _on_mesh(config, mesh, of_step)(state, batch)
+    whole = dict(with_units(config, state.params, batch, options))
+    return jax.tree.map(lambda x: x.sum(0), _by_micro_batch(config, state, whole, of_batch))
 
 
 def _alone(batch: Batch, group: jax.Array) -> Batch:
@@ -120,22 +123,22 @@ def gradient_squares(config: Config, mesh: Mesh, state: TrainState, batch: Batch
     Of the mean loss's gradient before clipping, and of the parameters before the step.
     """
 
-    def of_batch(state: TrainState, batch: Batch) -> Any:
-        keys = step_dropout_keys(config, state.seed, state.step)
-        gradients, sums = summed_gradients(config, state.params, batch, keys)
-        mean = jax.tree.map(lambda g: g / jnp.maximum(sums["weight_sum"], 1.0), without_frozen(config, gradients))
-        return {"gradient": _squares(config, mean), "parameters": _squares(config, state.params)}
+    return _on_mesh(_gradient_squares, config, mesh)(state, batch)
 
-    return _on_mesh(config, mesh, of_batch)(state, batch)
+
+def _gradient_squares(config: Config, state: TrainState, batch: Batch) -> Any:
+    gradients, sums = summed_gradients(config, state.params, batch, step_dropout_keys(config, state.seed, state.step))
+    mean = jax.tree.map(lambda g: g / jnp.maximum(sums["weight_sum"], 1.0), without_frozen(config, gradients))
+    return {"gradient": _squares(config, mean), "parameters": _squares(config, state.params)}
 
 
 def update_squares(config: Config, mesh: Mesh, before: Any, after: Any) -> dict[str, np.ndarray]:
     """The same of what a step added to the parameters."""
+    return _on_mesh(_update_squares, config, mesh)(before, after)
 
-    def of(before: Any, after: Any) -> Any:
-        return _squares(config, jax.tree.map(lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), after, before))
 
-    return _on_mesh(config, mesh, of)(before, after)
+def _update_squares(config: Config, before: Any, after: Any) -> Any:
+    return _squares(config, jax.tree.map(lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), after, before))
 
 
 def _squares(config: Config, tree: Any) -> dict[str, jax.Array]:
@@ -146,9 +149,12 @@ def _squares(config: Config, tree: Any) -> dict[str, jax.Array]:
     return {name: of(name, leaf) for name, leaf in named_leaves(hide_frozen(config, tree)).items()}
 
 
-def _on_mesh(config: Config, mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled for the mesh, its results on the host of every process."""
-    compiled = jax.jit(function, out_shardings=replicated(mesh))
+@functools.cache
+def _on_mesh(function: Callable[..., Any], config: Config, mesh: Mesh, *sizes: int) -> Callable[..., Any]:
+    """`function(config, *sizes, ...)`, compiled for the mesh, its results on the host of every process; the same arguments give
+    the same function.
+    """
+    compiled = jax.jit(functools.partial(function, config, *sizes), out_shardings=replicated(mesh))
 
     def run(*arguments: Any) -> Any:
         with laid_over(mesh, config.mesh):

@@ -70,21 +70,20 @@ def documents_of(
     shown = step_batch(config, dataset.train, step, skipped_rows)
     origins = batch_origins(config, dataset.train, step, skipped_rows)
     groups, keys = _grouped(of_stage, origins, shown)
+    targets: tuple[np.ndarray, np.ndarray] | None = None
     if isinstance(dataset, TaskDataset):
-        loss, nats, weight = (
-            x.astype(np.float64) for x in group_losses(of_stage, mesh, state, batch, groups.astype(np.int32), len(keys))
-        )
-        losses = None
+        of_groups = group_losses(of_stage, mesh, state, batch, groups.astype(np.int32), len(keys))
+        loss, nats, weight = (np.asarray(sums, np.float64) for sums in of_groups)
     else:
         losses, nll, weights = (x.astype(np.float64) for x in target_losses(of_stage, mesh, state, batch))
-        losses, nll = np.where(weights > 0, losses, 0.0), np.where(weights > 0, nll, 0.0)
         of_target = groups[:, :-1] if config.objective.name == "masked" else groups[:, 1:]
         loss, nats, weight = (
-            np.bincount(of_target.ravel(), x.ravel(), len(keys) + 1)[1:] for x in (weights * losses, weights * nll, weights)
+            np.bincount(of_target.ravel(), np.where(weights > 0, weights * x, 0.0).ravel(), len(keys) + 1)[1:]
+            for x in (losses, nll, np.ones_like(weights))
         )
-        losses = np.where(weights > 0, losses, np.nan), weights
+        targets = losses, weights
     found = [
-        _document(config, dataset, origins, shown, groups == number + 1, losses, (weight[number], loss[number], nats[number]))
+        _document(config, dataset, origins, shown, groups == number + 1, targets, (weight[number], loss[number], nats[number]))
         for number in range(len(keys))
     ]
     return tuple(sorted(found, key=lambda one: (-_finite(one.mean) if one.weight else math.inf, one.row, one.segment, one.begin)))
@@ -100,12 +99,9 @@ def _grouped(config: Config, origins: Origins, shown: Any) -> tuple[np.ndarray, 
     segments = np.asarray(shown["segment_ids"], np.int64)
     rows = np.broadcast_to(np.arange(len(segments))[:, None], segments.shape)
     documents = origins.document
-    if tasks_of(config):
-        parts = (rows, documents)
-    elif config.objective.name == "causal":
-        parts = (rows, segments, documents)
-    else:
-        parts = (rows, segments)
+    parts = [rows, documents] if tasks_of(config) else [rows, segments]
+    if not tasks_of(config) and config.objective.name == "causal":
+        parts.append(documents)
     real = segments > 0
     keys, which = np.unique(np.stack([part[real] for part in parts]), axis=1, return_inverse=True)
     groups = np.zeros(segments.shape, np.int64)

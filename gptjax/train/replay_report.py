@@ -163,10 +163,11 @@ def _parameters(norms: Sequence[Norms]) -> list[str]:
     cells = [("gradient", "update", "parameters", "parameter", "largest in")]
     for name in names:
         own = [one for one in norms if one.name == name]
-        sums = (math.sqrt(sum(getattr(one, of) ** 2 for one in own)) for of in ("gradient", "update", "parameters"))
+        norms_of = [math.sqrt(sum(getattr(one, of) ** 2 for one in own)) for of in ("gradient", "update", "parameters")]
+        gradient, update, parameters = (f"{norm:.4g}" for norm in norms_of)
         largest = max(own, key=lambda one: math.inf if math.isnan(one.gradient) else one.gradient)
         where = "" if largest.layer is None else f"layer {largest.layer} ({largest.gradient:.3g})"
-        cells.append((*(f"{value:.4g}" for value in sums), name, where))
+        cells.append((gradient, update, parameters, name, where))
     return ["norms by parameter:", *_table(cells, right=3)]
 
 
