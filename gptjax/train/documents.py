@@ -78,7 +78,9 @@ def documents_of(
         losses, nll, weights = (x.astype(np.float64) for x in target_losses(of_stage, mesh, state, batch))
         of_target = groups[:, :-1] if config.objective.name == "masked" else groups[:, 1:]
         loss, nats, weight = (
-            np.bincount(of_target.ravel(), np.where(weights > 0, weights * x, 0.0).ravel(), len(keys) + 1)[1:]
+            np.asarray(
+                np.bincount(of_target.ravel(), np.where(weights > 0, weights * x, 0.0).ravel(), len(keys) + 1)[1:], np.float64
+            )
             for x in (losses, nll, np.ones_like(weights))
         )
         targets = losses, weights
