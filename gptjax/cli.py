@@ -29,6 +29,8 @@ from gptjax.verbs import (
     predict,
     report,
     speedrun,
+    replay,
+    reproduce,
     status,
     sweep,
     train,
@@ -51,6 +53,8 @@ VERBS = (
     report,
     speedrun,
     importance,
+    reproduce,
+    replay,
     analyze,
     attack,
 )

@@ -110,6 +110,14 @@ class Checkpoints:
         """Steps of the complete checkpoints, in ascending order; their bytes are not verified."""
         return [step for step, folder in self._folders() if manifest.exists(folder)]
 
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What the caller gave with the checkpoint of `step`. Raises `CheckpointsDamaged` where it cannot be read."""
+        path = self._folder(step) / "metadata.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))["metadata"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointsDamaged(f"{path} cannot be read ({error}).") from None
+
     # --- save -----------------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: Any, metadata: dict[str, Any], copied: bool = True, held: Collection[int] = ()) -> None:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.adapters.attach import adapter_weights
@@ -26,28 +25,29 @@ from gptjax.adapters.merge import merged
 from gptjax.config import Config, Stages, UserError, flatten, tasks_of, to_dict
 from gptjax.config.objective import writing_part, writing_refusal
 from gptjax.data.mixture import describe
-from gptjax.data.pipeline import Dataset, batch_documents, load_dataset, mixture_figures, steps_per_epoch, train_batches
+from gptjax.data.pipeline import Dataset, batch_documents, load_dataset, mixture_figures, steps_per_epoch
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.text import generate_text
 from gptjax.parallel import hosts
-from gptjax.parallel.mesh import check_divides, make_mesh
-from gptjax.parallel.sharding import batch_sharding, use_rules
+from gptjax.parallel.mesh import make_mesh
 from gptjax.tasks.load import TaskDataset, load_tasks
 from gptjax.tasks.table import TASKS
 from gptjax.train.checkpoints import CheckpointError, Checkpoints
 from gptjax.train.curve import draw_loss_curve
 from gptjax.train.evaluate import by_source, evaluate
+from gptjax.train.feed import check_steps_divide, step_batches
 from gptjax.train.flops import describe_mfu, device_peak, flops_per_token, mfu
 from gptjax.train.groups import trained_count
-from gptjax.train.metrics import LiveLine, MetricsWriter, NoMetrics, log_to_stderr, parameter_table
+from gptjax.train.metrics import LiveLine, MetricsWriter, NoMetrics, log_to_stderr, parameter_table, step_figures
 from gptjax.train.optimizers import Lengths, evaluation_params
+from gptjax.train.provenance import note_start
 from gptjax.train.reference import with_reference
 from gptjax.train.restore import initial_params
 from gptjax.train.rewind import Rewind, Spike, Watch
 from gptjax.train.run import RunLock, check_config, environment, read_result, state_sha256, write_result
 from gptjax.train.state import TrainState
-from gptjax.train.step import abstract_state, init_state, make_train_step
+from gptjax.train.step import abstract_state, init_state
 from gptjax.train.stop import Interrupted, StopSignals
 from gptjax.train.task_evaluation import Examples, evaluate_tasks
 
@@ -72,6 +72,7 @@ class Run:
     stop: StopSignals
     stages: Stages
     watch: Watch
+    end: int = 0  # the step at which this start ends
     seconds_before: float = 0.0
     figures: dict[str, Any] | None = None  # of the evaluation at the latest step, where there was one
     started: float = dataclasses.field(default_factory=time.monotonic)
@@ -93,8 +94,17 @@ class Run:
         return step == self.lengths.total or self.config.is_due(group, step, self.epoch_steps, default)
 
 
-def train(config: Config, workdir: pathlib.Path, allow_changes: Sequence[str] = ()) -> dict[str, Any]:
+def train(
+    config: Config,
+    workdir: pathlib.Path,
+    allow_changes: Sequence[str] = (),
+    until: int | None = None,
+    accepts: Callable[[Dataset], None] | None = None,
+) -> dict[str, Any]:
     """Trains to the end and returns the content of `result.json`; a run that has ended returns it at once.
+
+    With `until` it ends at that step, saved, as if the rest were to come later, and returns {"steps": until}. `accepts` is called
+    with the data before anything is compiled, and may raise `UserError`.
 
     Raises `UserError` for what a person can mend, `Interrupted` after SIGTERM or Ctrl-C (the run is saved), `NonFiniteError`,
     `CheckpointsFailing`. Of several processes all call it; process 0 alone writes into the folder (of a checkpoint, each its own
@@ -103,12 +113,14 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: Sequence[str] = 
     with StopSignals() as stop, _stderr_of_process_0() as stream, _lock(workdir):
         log: Callable[[str], None] = functools.partial(print, file=stream, flush=True)
         dataset = load_data(config, log)
+        if accepts is not None:
+            accepts(dataset)
         config = dataset.settled(config)
         epoch_steps = steps_per_epoch(config, dataset.train)
         lengths = Lengths.of(config, epoch_steps)
         mesh = make_mesh(config.mesh)
         stages = config.stages(epoch_steps)
-        _check_stages(config, stages, mesh)
+        check_steps_divide(config, stages, mesh)
         result = hosts.from_process_0(_open_folder(workdir, config, allow_changes, log) if hosts.is_primary() else None)
         if result is not None and result["steps"] >= lengths.total:
             log(f"{workdir} holds a finished run of {result['steps']} steps, eval loss {result['eval']['loss']:.4f}.")
@@ -121,6 +133,8 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: Sequence[str] = 
             Checkpoints(workdir / "checkpoints", config.checkpoint, line) as checkpoints,
         ):
             state, about = _restore_or_init(config, lengths, mesh, checkpoints, line, dataset.tokenizer)
+            if hosts.is_primary():
+                note_start(workdir, config, dataset, mesh, int(state.step), about)
             if isinstance(dataset, TaskDataset):
                 initial = functools.partial(_initial_params, config, lengths, mesh, state, line, dataset.tokenizer)
                 dataset = with_reference(config, dataset, workdir, mesh, initial, line)
@@ -131,6 +145,7 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: Sequence[str] = 
                     run = Run(
                         config, workdir, dataset, mesh, lengths, epoch_steps, checkpoints, line, metrics, stop, stages, watch
                     )
+                    run.end = min(lengths.total, until or lengths.total)
                     run.seconds_before, run.figures = about.get("seconds", 0.0), about.get("eval")
                     if rewind is None:
                         _describe(run, state)
@@ -222,17 +237,6 @@ def _initial_params(
     return init_state(config, lengths, mesh, initial_params(config, mesh, log, tokenizer)).params
 
 
-def _check_stages(config: Config, stages: Stages, mesh: Mesh) -> None:
-    """Raises `UserError` where the batch of a stage does not divide over the mesh. Rows that are cut stay on their device."""
-    check_divides(config, mesh)
-    for stage in stages.every[:-1]:
-        data = dataclasses.replace(config.data, batch_size=stage.batch_size, seq_len=stage.seq_len)
-        try:
-            check_divides(dataclasses.replace(config, data=data), mesh)
-        except UserError as error:
-            raise UserError(f"in the warm-up's steps of {stage.batch_size} rows of {stage.seq_len} tokens, {error}") from None
-
-
 def _describe(run: Run, state: TrainState) -> None:
     c, mesh = run.config, run.mesh
     run.line(parameter_table(state.params))
@@ -249,31 +253,16 @@ def _describe(run: Run, state: TrainState) -> None:
         run.line(f"from step {stage.first_step + 1:,}: {stage.batch_size:,} rows a step, cut to {stage.seq_len:,} tokens.")
 
 
-def _batches(run: Run, start_step: int) -> Iterator[tuple[Callable[..., Any], dict[str, jax.Array]]]:
-    """(compiled step, batch) of each step after `start_step`, without end."""
-    c, step = run.config, start_step
-    with use_rules(c.mesh):
-        sharding = batch_sharding(run.mesh)
-    while True:
-        stage = run.stages.at(step)
-        config = c.at_stage(stage)
-        size, pieces = config.data.batch_size, config.data.batch_size // stage.batch_size
-        share = np.unique(hosts.batch_rows(sharding, size) // pieces)
-        train_step = make_train_step(config, run.lengths, run.mesh)
-        for batch in train_batches(c, run.dataset.train, step, share, run.watch.skipped_rows):
-            yield train_step, hosts.place_batch(sharding, batch, size)
-            step += 1
-
-
 def _steps(run: Run, state: TrainState) -> TrainState:
     """From the state's step to the end. The metrics of a step are read only after the next one is under way. Raises `Spike`."""
     start_step = int(state.step)
-    batches, vote = _batches(run, start_step), hosts.StopVote(run.mesh)
+    vote = hosts.StopVote(run.mesh)
+    batches = step_batches(run.config, run.dataset.train, run.lengths, run.mesh, start_step, run.watch.skipped_rows)
     evaluated = hosts.from_process_0(run.metrics.has(start_step, "eval/loss"))
     if start_step and run.is_due("evaluate", start_step) and not evaluated:
         run.figures = _evaluate(run, state, start_step)  # a stop took precedence over it
     pending: tuple[int, dict[str, jax.Array]] | None = None
-    for step in range(start_step + 1, run.lengths.total + 1):
+    for step in range(start_step + 1, run.end + 1):
         train_step, batch = next(batches)
         compiles = step == start_step + 1 or run.stages.at(step - 1).first_step == step - 1  # the first one of its shape
         hosts.moved("step", step, patience=math.inf if compiles else 1)
@@ -287,7 +276,7 @@ def _steps(run: Run, state: TrainState) -> TrainState:
 
         stops = told and step < run.lengths.total
         evaluates = run.is_due("evaluate", step) and not stops
-        saves = run.is_due("checkpoint", step) or run.watch.is_point(step) or stops
+        saves = run.is_due("checkpoint", step) or run.watch.is_point(step) or stops or step == run.end
         if evaluates or saves:
             _read(run, *pending)
             pending = None
@@ -321,16 +310,11 @@ def _read(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
     row = {
         "step": step,
         "tokens": tokens,
-        "train/loss": values["loss"],
-        "train/nll": values["nll"],
-        "train/weight": values["weight"],
-        "gradient_norm": values["gradient_norm"],
-        "learning_rate": values["learning_rate"],
-        "nonfinite_steps": values["nonfinite_steps"],
+        **step_figures(values),
         "tokens_per_second": rate,
         "mfu": mfu(rate, flops_per_token(c.model, stage.seq_len, adapter_weights(c)), run.mesh.size, peak),
         "seconds": run.seconds,
-    } | {name: value for name, value in values.items() if name.startswith(("moe/", "heads/", "tasks/", "adversarial/"))}
+    }
     if len(run.stages.every) > 1:
         row |= {"batch_size": stage.batch_size, "seq_len": stage.seq_len}
     for source, figures in mixture_figures(c, run.dataset.train, run.rows(step)).items():
@@ -466,11 +450,13 @@ def _stop(run: Run, step: int, signal_number: int) -> None:
 def _finish(run: Run, state: TrainState) -> dict[str, Any]:
     hosts.moved("its end", patience=10)
     run.checkpoints.wait()
-    total = run.lengths.total
-    if run.checkpoints.last_saved_step != total:
+    total, step = run.lengths.total, int(state.step)
+    if run.checkpoints.last_saved_step != step:
         raise CheckpointError(
-            f"the run's end, step {total}, could not be saved; the same command goes on from the checkpoint before it."
+            f"the run's end, step {step}, could not be saved; the same command goes on from the checkpoint before it."
         )
+    if step < total:
+        return {"steps": step}
     assert run.figures is not None
     result = {
         "eval": run.figures,

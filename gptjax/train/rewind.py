@@ -11,10 +11,13 @@ killed, whenever it is, finds the same spike again or goes on behind it; and so 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
+import pathlib
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptjax.config import Config, TrainConfig
@@ -107,3 +110,21 @@ class Watch:
         """The watch with which the run goes on from the rewind's checkpoint."""
         rewinds = [*self.rewinds, dataclasses.replace(rewind, skipped_rows=skipped_rows)]
         return Watch(self.config, at_checkpoint.values, 0, rewinds)
+
+
+def recorded_rewinds(workdir: pathlib.Path) -> list[Rewind]:
+    """All of a run's rewinds until now, in the order of their finding, by its result and by what its checkpoints hold.
+
+    Where a run was killed between its way back and the checkpoint of it, that way back is not among them: it will be found again.
+    """
+    found: list[Any] = [[]]
+    for path in [*sorted((workdir / "checkpoints").glob("*/metadata.json")), workdir / "result.json"]:
+        with contextlib.suppress(OSError, ValueError):  # a damaged checkpoint is told of where it would be used
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found.append(content.get("metadata", {}).get("spikes", content).get("rewinds", []))
+    return [Rewind(**rewind) for rewind in max(found, key=len)]
+
+
+def skipped_before(rewinds: Sequence[Rewind], step: int) -> int:
+    """Rows passed over before `step`, as it was taken last: that of the latest way back to a step before it."""
+    return next((one.skipped_rows for one in reversed(rewinds) if one.back_to < step), 0)

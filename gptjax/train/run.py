@@ -323,7 +323,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def environment() -> dict[str, Any]:
-    """{"versions", "git_commit", "git_dirty", "hardware"} of this process; "unknown" where it cannot be told.
+    """{"versions", "git_commit", "git_dirty", "hardware", "flags"} of this process; "unknown" where it cannot be told.
 
     Starts JAX's backend.
     """
@@ -344,7 +344,26 @@ def environment() -> dict[str, Any]:
             "cpu_model": _cpu_model(),
             "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         },
+        "flags": _flags(),
     }
+
+
+_COMPILERS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+_NUMERICS = (
+    "default_matmul_precision",
+    "default_prng_impl",
+    "disable_most_optimizations",
+    "enable_x64",
+    "threefry_partitionable",
+)
+
+
+def _flags() -> dict[str, Any]:
+    """What XLA and JAX were told that may change numbers."""
+    import jax
+
+    settings = {f"jax_{name}": jax.config.values.get(f"jax_{name}") for name in _NUMERICS}
+    return {name: os.environ.get(name, "") for name in _COMPILERS} | settings
 
 
 def _version(package: str) -> str:

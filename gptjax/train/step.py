@@ -242,7 +242,7 @@ def _router_metrics(sums: Metrics, weight: jax.Array) -> Metrics:
     }
 
 
-def _dropout_keys(config: Config, seed: jax.Array, step: jax.Array) -> Any:
+def step_dropout_keys(config: Config, seed: jax.Array, step: jax.Array) -> Any:
     """One key a row of the global batch, [B, 2]: dropout does not depend on how the batch is split."""
     model = config.model
     rates = model.embedding_dropout, model.attention_dropout, model.residual_dropout, model.stochastic_depth
@@ -330,7 +330,7 @@ def summed_gradients(
 def _step(config: Config, lengths: Lengths, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     c = config.optimizer
     schedule = make_schedule(c, lengths)
-    gradients, sums = summed_gradients(config, state.params, batch, _dropout_keys(config, state.seed, state.step))
+    gradients, sums = summed_gradients(config, state.params, batch, step_dropout_keys(config, state.seed, state.step))
     gradients = without_frozen(config, gradients)
     extra = _curvature_if_due(config, state, batch, gradients)
     weight = jnp.maximum(sums["weight_sum"], 1.0)

@@ -28,7 +28,7 @@ from gptjax.train.flops import matmul_parameters
 from gptjax.train.groups import decay_mask, parameter_path
 from gptjax.train.objectives import causal
 from gptjax.train.optimizers import _muon_dimensions
-from gptjax.train.step import _dropout_keys, example_loss, init_params, summed_gradients
+from gptjax.train.step import example_loss, init_params, step_dropout_keys, summed_gradients
 from tests.small import random_batch, random_params, small, tree_close
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -242,7 +242,7 @@ def test_no_split_of_the_batch_changes_which_rows_leave_out_what() -> None:
     knobs = ALL_AT_ONCE | ONE | {"model.stochastic_depth": 0.5, "model.prediction_heads": 2}
     config = small(knobs)
     params, batch = random_params(config, std=0.2), random_batch(config)
-    keys = _dropout_keys(config, jnp.uint32(0), jnp.int32(5))
+    keys = step_dropout_keys(config, jnp.uint32(0), jnp.int32(5))
     assert keys is not None and keys.shape == (8, 2)
     found = []
     for parts in (1, 4):

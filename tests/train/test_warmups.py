@@ -16,6 +16,7 @@ from gptjax.config import Config, UserError
 from gptjax.data.packing import pack, shortened
 from gptjax.data.pipeline import batch_documents, load_dataset, train_batches
 from gptjax.train import loop
+from gptjax.train.feed import check_steps_divide
 from gptjax.train.metrics import read_metrics
 from gptjax.train.objectives import causal
 from gptjax.train.optimizers import Lengths
@@ -202,4 +203,4 @@ def test_a_stage_that_does_not_divide_over_the_mesh_is_refused(text_file) -> Non
 
     config = tiny(text_file, **RUN | {"data__batch_size": 8, "mesh__data": 4})
     with pytest.raises(UserError, match="in the warm-up's steps of 2 rows of 8 tokens, .*=2 does not divide over .*=4"):
-        loop._check_stages(config, config.stages(1.0), abstract_mesh(config.mesh, 4))
+        check_steps_divide(config, config.stages(1.0), abstract_mesh(config.mesh, 4))
