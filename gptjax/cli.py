@@ -26,6 +26,7 @@ from gptjax.verbs import (
     generate,
     plan,
     predict,
+    scaling,
     status,
     sweep,
     train,
@@ -33,7 +34,7 @@ from gptjax.verbs import (
 from gptjax.verbs.arguments import Parser
 from gptjax.verbs.output import fault
 
-VERBS = (train, evaluate, predict, generate, convert, config, plan, coordinates, sweep, status, compare, analyze, attack)
+VERBS = (train, evaluate, predict, generate, convert, config, plan, coordinates, sweep, status, compare, scaling, analyze, attack)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
