@@ -36,9 +36,8 @@ def family(models: int, budgets: int, span: float) -> tuple[np.ndarray, np.ndarr
 def simulate(models: int, budgets: int, span: float, noise: float, simulations: int, resamples: int, heavy: bool) -> None:
     parameters, tokens = family(models, budgets, span)
     rng = np.random.default_rng(0)
-    draws = (
-        rng.standard_t(3, (simulations, len(tokens) + 1)) / 3**0.5 if heavy else rng.normal(size=(simulations, len(tokens) + 1))
-    )
+    shape = (simulations, len(tokens) + 1)
+    draws = rng.standard_t(3, shape) / 3**0.5 if heavy else rng.normal(size=shape)
     targets = np.log(loss(parameters, tokens)) + noise * draws[:, 1:]
     surface = SURFACES["chinchilla"]
     centre = (float(np.log(parameters).mean()), float(np.log(tokens).mean()))
@@ -62,9 +61,8 @@ def simulate(models: int, budgets: int, span: float, noise: float, simulations: 
         coming = float(loss(np.array(NEW[0]), np.array(NEW[1])) * np.exp(noise * draws[number, 0]))
         hits.setdefault("a new run", []).append(new.low <= coming <= new.high)
         names = tuple(map(str, range(len(tokens))))
-        runs = Observations(
-            names, parameters, np.full(len(tokens), np.nan), tokens, 6 * parameters * tokens, np.exp(targets[number])
-        )
+        unknown, flops = np.full(len(tokens), np.nan), 6 * parameters * tokens
+        runs = Observations(names, parameters, unknown, tokens, flops, np.exp(targets[number]))
         for key, make in APPROACHES.items():
             approach = make(runs, law, options)
             if approach.missing:

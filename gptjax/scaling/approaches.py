@@ -71,7 +71,7 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def envelope(observations: Observations, count: str) -> Callable[[np.ndarray], Best]:
     """log losses [b, n] to the envelope's corners. Raises `NotEnough`."""
     sizes = observations.sizes(count)
-    members = [np.flatnonzero(sizes == size) for size in np.unique(sizes)]
+    members = models(sizes)
     curves = [(index, *_curve(np.log(observations.flops[index]))) for index in members]
     curves = [(index, at, merge) for index, at, merge in curves if len(at) > 1]
     if len(curves) < MIN_MODELS:
@@ -91,6 +91,12 @@ def envelope(observations: Observations, count: str) -> Callable[[np.ndarray], B
         return _corners(heights, grid, log_sizes, log_costs)
 
     return find
+
+
+def models(sizes: np.ndarray) -> list[np.ndarray]:
+    """The runs of each model as indices, in ascending order of size; sizes [n] that are alike to 0.1 % are one model's."""
+    labels = np.round(np.log(sizes), 3)
+    return [np.flatnonzero(labels == label) for label in np.unique(labels)]
 
 
 def _curve(log_flops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -61,8 +61,8 @@ def _loss(axes: Any, fits: Fits, held_out: dict[str, Any] | None, measured: floa
     """Loss over FLOPs, a line of the law for each model, and its lowest line; the held-out run's interval."""
     seen, law = fits.observations, fits.main
     shade = _shades(seen.parameters)
-    for size in np.unique(seen.parameters):
-        own = seen.parameters == size
+    for own in approaches.models(seen.parameters):
+        size = float(seen.parameters[own[0]])
         cost = np.exp(np.log(seen.flops[own] / seen.tokens[own]).mean())
         tokens = np.geomspace(seen.tokens[own].min() / 1.5, seen.tokens[own].max() * 1.5, 60)
         axes.plot(tokens * cost, np.exp(law.fit.log_loss(np.full(60, size), tokens)), color=shade(size), linewidth=0.9)
@@ -85,9 +85,9 @@ def _mark(axes: Any, x: float, found: dict[str, float], measured: float | None) 
 
 
 def _plain_ticks(axis: Any) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)))
+    axis.set_major_locator(MaxNLocator(7))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
