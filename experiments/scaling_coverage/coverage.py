@@ -72,9 +72,8 @@ def simulate(models: int, budgets: int, span: float, noise: float, simulations: 
             hits.setdefault(f"a, {key}", []).append(found.low <= BEST <= found.high)
             errors.setdefault(key, []).append(found.value - BEST)
     kind = "heavy tails" if heavy else "normal"
-    print(
-        f"{models} models, {budgets} budgets, sizes {span:g}x to both sides, noise {noise:.1%} ({kind}), {simulations} simulations"
-    )
+    size = f"{models} models, {budgets} budgets, sizes {span:g}x both ways"
+    print(f"{size}, noise {noise:.1%} ({kind}), {simulations} simulations")
     print("  covered:", ", ".join(f"{name} {np.mean(values):.3f}" for name, values in hits.items()))
     print(
         "  a is off by:", ", ".join(f"{name} {np.mean(values):+.4f} +- {np.std(values):.4f}" for name, values in errors.items())
