@@ -7,8 +7,8 @@ resamples at once, log losses [b, n], and answers NaN for a resample that has no
 Envelope (approach 1). Each model's loss over its runs' FLOPs is a curve (a cubic spline through log loss over log C). The lower
 envelope of all curves changes from one model to another at corners; a corner is where two sizes cost the same, so its best size
 is taken to lie between the two, at their geometric mean, and the corners' N over C are regressed. (Hoffmann et al. regress the
-best model at 1,500 budgets, a staircase, whose slope falls short by one part in k^2 over k steps.) Only corners at which a
-smaller and a larger model have runs too are taken: elsewhere the best of those that were trained is not the best.
+best model at 1,500 budgets, a staircase, whose slope falls short by one part in k^2 over k steps.) Only where
+both models have runs on both sides of a corner is it one: a curve that ends leaves the next best, not the best.
 
 IsoFLOP profiles (approach 2). Runs of one budget (within 15 %) are fitted by a parabola of log loss over log N; its lowest
 point is the best size. A budget whose lowest point lies outside its sizes, or whose parabola opens downwards, is left out. The
@@ -114,9 +114,7 @@ def _corners(heights: np.ndarray, grid: np.ndarray, log_sizes: np.ndarray, log_c
     before, after = winner[:, :-1], winner[:, 1:]
     both = there[:, :-1] & there[:, 1:]
     points = np.arange(len(grid) - 1)
-    smallest, largest = np.argmax(both, axis=0), len(both) - 1 - np.argmax(both[::-1], axis=0)
-    low, high = np.minimum(before, after), np.maximum(before, after)
-    is_corner = (before != after) & both[before, points] & both[after, points] & (low > smallest) & (high < largest)
+    is_corner = (before != after) & both[before, points] & both[after, points]
     where = np.where(is_corner, 0.0, np.nan)
     middle = (grid[:-1] + grid[1:]) / 2
     cost = (log_costs[before] + log_costs[after]) / 2
