@@ -145,15 +145,16 @@ def test_the_envelope_and_the_profiles_find_the_best_size_without_noise():
 
 def test_a_curve_that_ends_is_no_corner():
     """Small models have the short runs only: where their curves end the next one takes over, without being the best."""
-    observations = family(models=8, budgets=6, span=5.0)
+    observations = family(models=12, budgets=8, span=5.0)
     sizes = np.unique(observations.parameters)
     rank = np.searchsorted(sizes, observations.parameters)
-    budget = np.repeat(np.arange(6), 8)
-    cut = observations.select(budget <= rank // 2 + 1)
+    budget = np.repeat(np.arange(8), 12)
+    cut = observations.select(budget <= rank // 2 + 2)
     best = approaches.envelope(cut, "total")(np.log(cut.loss)[None])
     there = np.isfinite(best.flops[0])
+    assert there.sum() >= 3
     truth = np.log(best_size(np.exp(best.flops[0][there])))
-    np.testing.assert_allclose(best.parameters[0][there], truth, atol=0.3)  # neighbours differ by 0.46
+    np.testing.assert_allclose(best.parameters[0][there], truth, atol=0.1)  # neighbours differ by 0.29
 
 
 def test_best_sizes_at_the_edge_are_not_taken():
