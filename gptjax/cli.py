@@ -27,10 +27,11 @@ from gptjax.verbs import (
     importance,
     plan,
     predict,
-    report,
-    speedrun,
     replay,
+    report,
     reproduce,
+    scaling,
+    speedrun,
     status,
     sweep,
     train,
@@ -39,24 +40,9 @@ from gptjax.verbs.arguments import Parser
 from gptjax.verbs.output import fault
 
 VERBS = (
-    train,
-    evaluate,
-    predict,
-    generate,
-    convert,
-    config,
-    plan,
-    coordinates,
-    sweep,
-    status,
-    compare,
-    report,
-    speedrun,
-    importance,
-    reproduce,
-    replay,
-    analyze,
-    attack,
+    *(train, evaluate, predict, generate, convert, config, plan, coordinates),
+    *(sweep, status, compare, report, importance, scaling, speedrun),
+    *(reproduce, replay, analyze, attack),
 )
 
 

@@ -78,6 +78,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "gptjax.train.state_precision": ("gptjax.config", "gptjax.model.primitives"),
     "gptjax.train.flops": ("gptjax.config",),
+    "gptjax.train.counts": ("gptjax.config", "gptjax.train.groups", "gptjax.train.step"),
     "gptjax.train.metrics": ("gptjax.config", "gptjax.train.flops"),
     "gptjax.train.curve": ("gptjax.train.metrics",),
     "gptjax.train.loss": ("gptjax.model.primitives", "gptjax.parallel.sharding"),
@@ -258,6 +259,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train.metrics",
         "gptjax.train.run",
     ),
+    "gptjax.scaling": (
+        "gptjax.config",
+        "gptjax.recipes",
+        "gptjax.scaling",
+        "gptjax.sweeps",
+        "gptjax.train.flops",
+        "gptjax.train.run",
+    ),
     "gptjax.attacks": (
         "gptjax.attacks",
         "gptjax.config",
@@ -281,7 +290,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "gptjax.config": ("jax", "flax", "optax", "orbax", "grain", "torch", "transformers"),
     **{
         f"gptjax.{name}": ("jax", "flax", "optax", "orbax", "torch", "transformers")
-        for name in ("analysis", "attacks", "data", "measures", "pages", "report")
+        for name in ("analysis", "attacks", "data", "measures", "pages", "report", "scaling")
     },
 }
 

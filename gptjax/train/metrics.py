@@ -87,7 +87,9 @@ def step_figures(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a row says of a step's own metrics, as `train.step` gives them: all of it a function of (config, seed, step)."""
     named = {f"train/{name}": values[name] for name in ("loss", "nll", "weight")}
     named |= {name: values[name] for name in ("gradient_norm", "learning_rate", "nonfinite_steps")}
-    return named | {name: value for name, value in values.items() if name.startswith(("moe/", "heads/", "tasks/", "adversarial/"))}
+    return named | {
+        name: value for name, value in values.items() if name.startswith(("moe/", "heads/", "tasks/", "adversarial/"))
+    }
 
 
 class Sink(Protocol):

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     trials = folder.settle_names(trials)
     if arguments.list:
         return _list(trials, arguments.json, folder)
-    return _run_here(arguments, sweep, folder, trials)
+    return run_here(arguments, sweep, folder, trials)
 
 
 def _list(trials: list[Trial], as_json: bool, folder: SweepFolder | None = None) -> int:
@@ -97,7 +97,7 @@ def _list(trials: list[Trial], as_json: bool, folder: SweepFolder | None = None)
     return 0
 
 
-def _run_here(arguments: argparse.Namespace, sweep: Sweep, folder: SweepFolder, trials: list[Trial]) -> int:
+def run_here(arguments: argparse.Namespace, sweep: Sweep, folder: SweepFolder, trials: list[Trial]) -> int:
     from gptjax.sweeps.resources import divide
     from gptjax.sweeps.table import LiveTable, as_json, read_rows
     from gptjax.train.run import RunLock
