@@ -85,7 +85,13 @@ class OptimizerConfig:
     )
     prodigy_initial_rate: float = knob(1e-6, "prodigy: the rate that its estimate starts from; it only grows.", above=0)
     ademamix_alpha: float = knob(5.0, "ademamix: weight of the slow average of gradients.", at_least=0)
-    ademamix_beta3: float = knob(0.9999, "ademamix: decay of the slow average of gradients.", above=0, below=1)
+    ademamix_beta3: float = knob(
+        0.9999,
+        "ademamix: decay of the slow average of gradients; its half-life, 6,931 steps by default, must be well below the run's "
+        "length (0.999: 693 steps), or early gradients outweigh all others at its end.",
+        above=0,
+        below=1,
+    )
     ademamix_warmup_fraction: float = knob(
         1.0,
         "ademamix: share of the run over which the slow average's weight rises from 0 and its decay from beta1; 0: at once.",
