@@ -261,6 +261,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "gptjax.scaling": (
         "gptjax.config",
+        "gptjax.pages",
         "gptjax.recipes",
         "gptjax.scaling",
         "gptjax.sweeps",

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import UserError
+from gptjax.pages.plots import LIGHT as COLOURS
 from gptjax.scaling import approaches
 from gptjax.scaling.laws import Fits, compute_optimal
 from gptjax.scaling.observations import Observations
-from gptjax.sweeps.curves import COLOURS
 
 FILES = ("loss.png", "isoflop.png", "best.png", "errors.png")
 

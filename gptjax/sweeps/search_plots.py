@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import UserError
-from gptjax.sweeps.curves import COLOURS
+from gptjax.pages.plots import LIGHT as COLOURS
 from gptjax.sweeps.definition import show
 from gptjax.sweeps.importance import Axis, Searched, axis_titles, surface
 from gptjax.train.run import write_atomically
