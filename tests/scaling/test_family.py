@@ -181,7 +181,7 @@ def test_from_plan_to_prediction_and_what_became_of_it(tmp_path, family_file, ca
     rng = np.random.default_rng(0)
 
     def pretend(self) -> int:
-        for trial in self._trials:
+        while (trial := self._source.take()) is not None:
             run = tokens[json.dumps(trial.overrides)]
             if not (self._folder.trial(trial.name) / "result.json").exists():
                 finish(
