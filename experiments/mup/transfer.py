@@ -55,7 +55,7 @@ def runner(config: Any) -> Callable[[float, Any, Any], Any]:
 
     @jax.jit
     def run(rate: Any, seed: Any, batches: Any) -> Any:
-        optimizer = make_optimizer(config, lambda n: rate * shape(n))
+        optimizer = make_optimizer(config, lambda n: rate * shape(n), STEPS)
         params = nn.unbox(init_params(config, seed))
 
         def step(carry: Any, batch: Any) -> Any:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
+import threadpoolctl
 
 from gptjax.config import UserError
 from gptjax.measures import packages
@@ -71,7 +72,7 @@ def tfidf_logistic(texts: Sequence[str], labels: Sequence[Label], new: Sequence[
 def _logistic(vectors: Any, labels: Any) -> Any:
     """Fitted on one thread: the products are small, and several threads that wait for each other are slower than one."""
     model = packages.load("sklearn.linear_model").LogisticRegression(C=10.0, tol=1e-3, max_iter=1000)
-    with packages.load("threadpoolctl").threadpool_limits(1):
+    with threadpoolctl.threadpool_limits(1):
         return model.fit(vectors, labels)
 
 

@@ -9,7 +9,6 @@ from gptjax.config import UserError
 
 PACKAGES = {
     "sklearn": "scikit-learn",
-    "threadpoolctl": "scikit-learn",  # which brings it
     "seqeval": "seqeval",
     "sacrebleu": "sacrebleu",
     "rouge_score": "rouge-score",

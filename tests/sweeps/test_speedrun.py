@@ -132,7 +132,7 @@ def test_what_is_no_record_is_said_in_a_sentence(record, tmp_path):
 
 def test_the_repositorys_records_hold():
     """Each record's own runs meet the target beyond chance, and its recipe sets only what is free."""
-    for path in REPOSITORY.glob("experiments/speedrun/records/*/recipe.py"):
+    for path in REPOSITORY.glob("experiments/speedrun/records/*/record.json"):
         track = speedrun.find_track(path.parent)
         runs = speedrun.read_record(path.parent)
         assert speedrun.judge(runs, track.target).holds(track)
