@@ -19,7 +19,7 @@ from gptjax import config as schema
 # Steps, rows of a step, tokens of a row, and how the records are to be read.
 LABELS = {
     "sms_spam": (300, 16, 64),
-    "movie_reviews": (300, 8, 512),  # the first 512 tokens of a review
+    "movie_reviews": (150, 8, 512),  # the first 512 tokens of a review
     "subjectivity": (500, 16, 64),
     "csl": (500, 16, 64),
 }
@@ -71,7 +71,7 @@ def _answers(config, name: str) -> None:
     config.task.overlap = 0.5
     _files(config, name, "json")
     config.task.format = "squad"
-    _shape(config, 300, 16, 256)
+    _shape(config, 100, 16, 256)
 
 
 def _e2e(config, name: str) -> None:
@@ -82,11 +82,11 @@ def _e2e(config, name: str) -> None:
     config.task.generate_records = 300
     config.task.max_new_tokens = 80
     _files(config, name, "jsonl")
-    _shape(config, 400, 16, 128)
+    _shape(config, 250, 16, 128)
 
 
 def _dialogue(config, name: str) -> None:
     config.task.kind = "chat"
     config.task.chat_template = "plain"
     _files(config, name, "jsonl")
-    _shape(config, 300, 16, 128)
+    _shape(config, 150, 16, 128)
