@@ -24,7 +24,7 @@ NORM_PLACEMENTS = zip_(
 
 # Each rule with rates around the one its authors recommend beside AdamW's; the table compares each at its best.
 OPTIMIZERS = chain(
-    grid({"optimizer.name": ["adamw"], "optimizer.learning_rate": [7.5e-4, 1.5e-3, 3e-3]}),
+    grid({"optimizer.name": ["adamw"], "optimizer.learning_rate": [7.5e-4, 1.5e-3, 3e-3, 6e-3]}),
     # The paper's slow average, of a half-life of 6,931 steps, is for longer runs; this one's is 693.
     grid(
         {"optimizer.name": ["ademamix"], "optimizer.learning_rate": [7.5e-4, 1.5e-3, 3e-3], "optimizer.ademamix_beta3": [0.999]}
