@@ -69,6 +69,7 @@ class Judged:
     nats: float = 0.0
     weight: float = 0.0
     more: Mapping[str, Any] = field(default_factory=dict)  # probabilities and the like
+    written: Any = None  # `writing.Written` of the first record of each prompt that was asked
 
 
 def said_by(new: Sequence[Judged], predicted: Sequence[Any]) -> list[Judged]:

@@ -16,8 +16,11 @@ import numpy as np
 from gptjax.config import TaskConfig, UserError
 from gptjax.data.records import chat_fault
 from gptjax.generate.chat import ASSISTANT, PLAIN, ChatTemplate, PlainTemplate
+from gptjax.measures.bootstrap import Bootstrap
+from gptjax.measures.measured import Measured
 from gptjax.tasks.base import Batch, Encoded, Encoder, Judged, Language, Request, Sums, Task, Values
 from gptjax.tasks.completion import Completion, judged_by_nats, perplexity, shown
+from gptjax.tasks.writing import neighbours, rows
 
 Messages = Sequence[Mapping[str, Any]]
 Template = ChatTemplate | PlainTemplate
@@ -63,6 +66,13 @@ class Chat(Task):
 
     def measures(self, knobs: TaskConfig, judged: Sequence[Judged]) -> dict[str, float]:
         return perplexity(judged)
+
+    def measured(self, knobs: TaskConfig, judged: Sequence[Judged], bootstrap: Bootstrap | None = None) -> list[Measured]:
+        return rows(knobs, judged, bootstrap)
+
+    def baselines(self, knobs: TaskConfig, train: Sequence[Values], new: Sequence[Judged]) -> dict[str, list[Judged]]:
+        talks = [answered(record[knobs.messages]) for record in train]
+        return neighbours([(said(talk[:-1]), talk[-1]["content"]) for talk in talks], new)
 
     def show(self, knobs: TaskConfig, judged: Judged) -> str:
         return shown(said(answered(judged.record[knobs.messages])[:-1]), judged)

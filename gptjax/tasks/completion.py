@@ -15,8 +15,12 @@ import jax
 import numpy as np
 
 from gptjax.config import TaskConfig
+from gptjax.measures.baselines import lead_3, sentences
+from gptjax.measures.bootstrap import Bootstrap
+from gptjax.measures.measured import Measured
 from gptjax.tasks.base import Batch, Encoded, Encoder, Judged, Language, Request, Sums, Task, Values, fields_of, filled
 from gptjax.tasks.heads import next_tokens, one_later
+from gptjax.tasks.writing import instead, neighbours, rows
 
 
 class Completion(Task):
@@ -62,6 +66,13 @@ class Completion(Task):
     def measures(self, knobs: TaskConfig, judged: Sequence[Judged]) -> dict[str, float]:
         return perplexity(judged)
 
+    def measured(self, knobs: TaskConfig, judged: Sequence[Judged], bootstrap: Bootstrap | None = None) -> list[Measured]:
+        return rows(knobs, judged, bootstrap)
+
+    def baselines(self, knobs: TaskConfig, train: Sequence[Values], new: Sequence[Judged]) -> dict[str, list[Judged]]:
+        known = [(filled(knobs.prompt, record), completions(knobs, record)[0]) for record in train]
+        return neighbours(known, new) | _leads(knobs, new)
+
     def show(self, knobs: TaskConfig, judged: Judged) -> str:
         return shown(filled(knobs.prompt, judged.record), judged)
 
@@ -73,6 +84,15 @@ def completions(knobs: TaskConfig, record: Values) -> list[str]:
         return [filled(knobs.completion, record)]
     texts = [filled(knobs.completion, {**record, many: _text(item)}) for item in record[many]]
     return list(dict.fromkeys(texts))
+
+
+def _leads(knobs: TaskConfig, new: Sequence[Judged]) -> dict[str, list[Judged]]:
+    """The first three sentences of the longest text that the prompts show, where most have more: what a summary must beat."""
+    asked = [one for one in new if one.written is not None]
+    texts = [max((str(one.record[name]) for name in sorted(fields_of(knobs.prompt))), key=len, default="") for one in asked]
+    if 2 * sum(len(sentences(text)) > 3 for text in texts) <= len(texts):
+        return {}
+    return {"lead_3": instead(asked, lead_3(texts))}
 
 
 def _text(item: Any) -> Any:

@@ -17,7 +17,7 @@ from gptjax.generate.text import generate_text
 from gptjax.tasks.base import Judged, Request
 from gptjax.tasks.load import encoder
 from gptjax.tasks.table import TASKS
-from gptjax.tasks.writing import Written, measured
+from gptjax.tasks.writing import Written, figures
 from gptjax.train.step import decoder_params
 
 Answers = dict[bytes, Written]  # by the prompt's ids
@@ -82,15 +82,18 @@ def _write(
 
 def figures_of(config: Config, answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:
     """{task: what its answers are worth}."""
-    return {name: measured(tasks_of(config)[name], list(own.values())) for name, own in answers.items() if own}
+    return {name: figures(tasks_of(config)[name], list(own.values())) for name, own in answers.items() if own}
 
 
 def with_answers(config: Config, tokenizer: Tokenizer, name: str, judged: Sequence[Judged], answers: Answers) -> list[Judged]:
     """The judged records of a task, `predicted` being what was written where its prompt was asked."""
-    knobs, encode = tasks_of(config)[name], encoder(config, tokenizer)
+    knobs, encode, left = tasks_of(config)[name], encoder(config, tokenizer), dict(answers)
     found = []
     for one in judged:
         request = TASKS[knobs.kind].request(knobs, one.record, encode)
-        own = answers.get(request.ids.tobytes()) if request is not None else None
-        found.append(one if own is None else dataclasses.replace(one, predicted=own.text))
+        key = request.ids.tobytes() if request is not None else b""
+        own = answers.get(key)
+        if own is not None:  # of several records with one prompt, the answer counts with the first
+            one = dataclasses.replace(one, predicted=own.text, written=left.pop(key, None))
+        found.append(one)
     return found

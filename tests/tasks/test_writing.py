@@ -16,10 +16,13 @@ from flax import linen as nn
 from gptjax.config import AdapterConfig, UserError
 from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.text import generate_text
+from gptjax.measures.bootstrap import Bootstrap
 from gptjax.parallel.mesh import make_mesh
+from gptjax.tasks.base import Judged
 from gptjax.tasks.load import load_tasks
+from gptjax.tasks.report import reports
 from gptjax.tasks.table import TASKS
-from gptjax.tasks.writing import Written, measured
+from gptjax.tasks.writing import Written, figures
 from gptjax.train.task_evaluation import evaluate_tasks
 from gptjax.train.task_writing import settings_of
 from tests.small import random_params
@@ -106,13 +109,53 @@ def test_answers_are_measured_against_all_their_references():
     done = [Written("", refs, f" {text} ", ended) for text, refs, ended in zip(texts, references, (True, False), strict=True)]
     config = alone("completion", pathlib.Path("nowhere"), **KNOBS)
     knobs = dataclasses.replace(config.task, measures=("bleu", "chrf", "em_f1", "distinct"))
-    found = measured(knobs, done)
+    found = figures(knobs, done)
     streams = [[references[0][0], references[1][0]], [references[0][1], None]]
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(texts, streams).score)
     assert found["chrf2"] == pytest.approx(sacrebleu.corpus_chrf(texts, streams).score)
     assert found["ended"] == 0.5 and found["written"] == 2 and found["exact_match"] == 50.0  # articles do not count
     assert found["f1"] == pytest.approx(100 * (1 + 1 / 2) / 2)
     assert found["distinct_1"] == 8 / 9 and found["distinct_2"] == 1.0
+
+
+def test_the_report_has_intervals_and_baselines_of_what_is_written(written):
+    """The nearest prompt's text, and token frequencies of the training texts, both on the very records that the model answered."""
+    pytest.importorskip("sklearn", reason="extra: evaluate")
+    config, data, _, (_, judged) = written
+    records = {"train": data.records["eval"], "eval": data.records["eval"]}  # so that the nearest prompt is the prompt itself
+    report = reports(config, dataclasses.replace(data, records=records), judged, Bootstrap(50))["task"]
+    assert [one.name for one in report.measured][:2] == ["perplexity", "distinct-1"]
+    assert all(one.low <= one.value <= one.high for one in report.measured[:1])
+    asked = [one.written for one in judged["task"] if one.written is not None]
+    assert len(asked) == 3  # the second record of a prompt brings no second answer
+    said = {name: one.written.text for name, one in zip("abc", _of(config, records, judged, "nearest_neighbour"), strict=True)}
+    assert said == {"a": "x", "b": "y y", "c": "u v"}
+
+    texts = [[ord(letter) for letter in text] for text in ("x", "y y", "z", "u v", "w", "never asked")]
+    end = data.tokenizer.eos_id
+    tokens = [token for text in texts for token in [*data.tokenizer.encode("".join(map(chr, text))), end]]
+    counts = {token: tokens.count(token) for token in tokens}
+    share = {token: (count + 1) / (len(tokens) + config.model.vocab_size) for token, count in counts.items()}
+    expected = math.exp(-sum(math.log(share[token]) for token in tokens) / len(tokens))
+    assert report.baselines["unigram"][0].value == pytest.approx(expected)
+    assert [one.name for one in report.ahead["unigram"]] == ["model less baseline: perplexity"]
+
+
+def _of(config, records, judged, name):
+    task = TASKS["completion"]
+    train = [record.values for record in records["train"]["task"]]
+    return task.baselines(config.task, train, judged["task"])[name]
+
+
+def test_a_summary_has_its_lead_beside_it():
+    config = alone("completion", pathlib.Path("nowhere"), **KNOBS)
+    text = "One is here. Two is there. Three was. Four comes. Five ends."
+    record = {"prompt": text, "completion": "One."}
+    judged = Judged(record, ["One."], "said", 1.0, 1.0, written=Written(text, ("One.",), "said", True))
+    leads = TASKS["completion"].baselines(config.task, [record], [judged])["lead_3"]
+    assert [one.written.text for one in leads] == ["One is here. Two is there. Three was."]
+    short = dataclasses.replace(judged, record={"prompt": "One is here.", "completion": "One."})
+    assert "lead_3" not in TASKS["completion"].baselines(config.task, [record], [short])
 
 
 def test_beams_and_stop_strings_reach_the_generation(tmp_path):
