@@ -10,8 +10,9 @@ Command:  python experiments/fine_tuning/prepare.py --data=DIR --out=runs/fine_t
           gptjax train --config=configs/small_gpt.py --workdir=runs/small_gpt
           gptjax train --config=configs/fine_tune.py:sms_spam --workdir=runs/sms_spam
           gptjax evaluate runs/sms_spam
-Cost:     see experiments/fine_tuning/README.md
-Expected: see experiments/fine_tuning/README.md
+Cost:     2 to 7 minutes a run on one CPU core with other work beside.
+Expected: spam F1 0.963, subjectivity 0.917, CSL 0.727, slots F1 0.962, E2E BLEU 44.7; all of it, beside baselines, in
+          experiments/fine_tuning/README.md.
 """
 
 from gptjax import config as schema

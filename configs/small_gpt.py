@@ -2,8 +2,8 @@
 
 Command:  python experiments/fine_tuning/prepare.py --data=DIR --out=runs/fine_tuning/data
           gptjax train --config=configs/small_gpt.py --workdir=runs/small_gpt
-Cost:     see experiments/fine_tuning/README.md
-Expected: see experiments/fine_tuning/README.md
+Cost:     30 minutes on 2 CPU cores with other work beside.
+Expected: loss 4.226 a token, 1.664 bits per byte (seed 0).
 """
 
 from gptjax import config as schema
