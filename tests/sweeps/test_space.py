@@ -175,5 +175,6 @@ def test_the_example_sweeps_load(monkeypatch, tmp_path):
     pathlib.Path("runs/small_gpt").mkdir(parents=True)
     pathlib.Path("runs/small_gpt/config.json").write_text(to_json(base))
     for path in sorted(pathlib.Path("experiments").glob("*/sweep.py")):
-        assert len(make_trials(load_sweep(str(path)))) > 1
+        sweep = load_sweep(str(path))
+        assert sweep.search is not None or len(make_trials(sweep)) > 1  # a search's are not known before it runs
         assert (path.parent / "README.md").is_file()
