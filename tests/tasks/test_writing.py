@@ -119,7 +119,7 @@ def test_answers_are_measured_against_all_their_references():
 
 
 def test_the_report_has_intervals_and_baselines_of_what_is_written(written):
-    """The nearest prompt's text, and token frequencies of the training texts, both on the very records that the model answered."""
+    """The nearest prompt's text and token frequencies of training texts, on the very records that the model answered."""
     pytest.importorskip("sklearn", reason="extra: evaluate")
     config, data, _, (_, judged) = written
     records = {"train": data.records["eval"], "eval": data.records["eval"]}  # so that the nearest prompt is the prompt itself
