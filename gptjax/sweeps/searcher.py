@@ -140,8 +140,8 @@ class Searcher(Source):
             self._say(f"{found.number:03d} {describe(point, self._short)}: refused: {error}")
             self.write_definition()
             return None
-        known = next((trial for trial in self._listed() if trial["hash"] == config_hash(config)), None)
         digest = config_hash(config)
+        known = next((trial for trial in self._listed() if trial["hash"] == digest), None)
         name = known["name"] if known else f"{found.number:03d},{readable_name(point, self._short, digest)}"
         if "trial" not in found.user_attrs:
             self.study.note(found.number, "trial", name)
