@@ -12,6 +12,7 @@ from gptjax.config import Config, UserError
 from gptjax.sweeps.folder import SweepFolder
 from gptjax.verbs.arguments import Parser, add_verb, count, positive, rate, required, share
 from gptjax.verbs.output import log, print_json, write_json
+from gptjax.verbs.sweep import add_running, run_here
 
 SUMMARY = "Plan a family of models, train it, fit Kaplan's and Chinchilla's scaling laws to it, and predict a larger run."
 EXAMPLES = """example:
@@ -71,12 +72,7 @@ run is trained with --held_out alone, and only once `gptjax scaling predict DIR`
     parser.add_argument("file", metavar="FILE.py[:ARG]", help="the family file")
     parser.add_argument("--workdir", metavar="DIR", help="the family's folder")
     parser.add_argument("--held_out", action="store_true", help="train the held-out run too")
-    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default 1)")
-    parser.add_argument("--cores", type=positive, metavar="N", help="CPU cores of each run (default: the family file's, or 1)")
-    parser.add_argument("--devices", type=positive, metavar="N", help="GPUs of each run (default 1)")
-    parser.add_argument("--timeout", type=rate, metavar="SECONDS", help="for one start of a run; 0: no limit")
-    parser.add_argument("--retries", type=count, metavar="N", help="further starts of a run that crashed or ran out of memory")
-    parser.add_argument("--retry_failed", action="store_true", help="run failed ones again, from their checkpoints")
+    add_running(parser)
     parser.set_defaults(where="local")
 
 
@@ -186,7 +182,6 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def run_family(arguments: argparse.Namespace) -> int:
     from gptjax.scaling import prediction
-    from gptjax.verbs.sweep import run_here
 
     folder = SweepFolder(pathlib.Path(required(arguments, "workdir")).resolve())
     found = _plan(arguments)

@@ -51,14 +51,19 @@ Exit status: 0 all trials are done (or pruned), 1 some are not, 75 and 130 stopp
     parser.add_argument("file", metavar="FILE.py[:ARG]", help="the sweep file")
     parser.add_argument("--workdir", metavar="DIR", help="the sweep's folder")
     parser.add_argument("--list", action="store_true", help="print the trials and run nothing")
+    add_running(parser)
+    parser.add_argument("--where", choices=WHERE, default="local", help="this machine (default), SLURM, Kubernetes")
+    parser.add_argument("--worker", metavar="NAME", default="", help="of a search: this driver's name among several")
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """The arguments of how trials run, which `run_here` reads."""
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="trials at a time (default 1)")
-    parser.add_argument("--cores", type=positive, metavar="N", help="CPU cores of each trial (default: the sweep file's, or 1)")
-    parser.add_argument("--devices", type=positive, metavar="N", help="GPUs of each trial (default: the sweep file's, or 1)")
+    parser.add_argument("--cores", type=positive, metavar="N", help="CPU cores of each trial (default: what the file says, or 1)")
+    parser.add_argument("--devices", type=positive, metavar="N", help="GPUs of each trial (default: what the file says, or 1)")
     parser.add_argument("--timeout", type=rate, metavar="SECONDS", help="for one start of a trial; 0: no limit")
     parser.add_argument("--retries", type=count, metavar="N", help="further starts of a trial that crashed or ran out of memory")
     parser.add_argument("--retry_failed", action="store_true", help="run failed trials again, from their checkpoints")
-    parser.add_argument("--where", choices=WHERE, default="local", help="this machine (default), SLURM, Kubernetes")
-    parser.add_argument("--worker", metavar="NAME", default="", help="of a search: this driver's name among several")
 
 
 def run(arguments: argparse.Namespace) -> int:
