@@ -209,6 +209,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.train",
     ),
     "gptjax.generate": (
+        "gptjax.adapters.compose",
         "gptjax.config",
         "gptjax.data.reserved",
         "gptjax.data.tokenizer_base",
@@ -226,6 +227,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.interop",
     ),
     "gptjax.harness": (
+        "gptjax.adapters.compose",
         "gptjax.config",
         "gptjax.data.records",
         "gptjax.data.sources",

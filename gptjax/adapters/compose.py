@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from gptjax.adapters.attach import rescales_inputs
 from gptjax.adapters.nodes import Extended, Frozen, Int8, LowRank, Prefixed, Rescaled
 from gptjax.config import Config
 from gptjax.model import primitives
+from gptjax.model.decoder import Decoder
 
 
 def composed(config: Config, params: Any, dropout_keys: jax.Array | None = None) -> Any:
@@ -78,6 +79,27 @@ def num_leading(config: Config, params: Any) -> int:
     return config.adapter.leading if "adapters" in params else 0
 
 
+class Rows(NamedTuple):
+    """Arrays [B, T], as the decoder has them."""
+
+    inputs: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array | None = None
+    prefix: jax.Array | None = None
+
+
+def hidden_of_texts(config: Config, params: Any, tokens_BT: jax.Array, prefix_BT: jax.Array | None = None) -> jax.Array:
+    """The decoder's hidden states [B, T, D] of rows that hold a text each, from the first place on; `prefix_BT`: tokens that all
+    of their row see.
+    """
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    rows = with_leading(config, params, Rows(tokens_BT, positions_BT, None, prefix_BT))
+    found: Any = Decoder(config.model).apply(
+        {"params": composed(config, params)}, rows.inputs, rows.positions, prefix_BT=rows.prefix, method=Decoder.hidden
+    )
+    return found[0][:, num_leading(config, params) :]
+
+
 def with_leading(config: Config, params: Any, example: Any) -> Any:
     """The example (arrays [B, T]: inputs, positions, segment_ids, prefix) with `num_leading` places ahead of each row, seen by
     all of its first segment; its targets are as they were.
@@ -92,10 +114,10 @@ def with_leading(config: Config, params: Any, example: Any) -> Any:
     first = config.model.vocab_size if config.adapter.method == "prompt" else 0
     step = 1 if config.adapter.method == "prompt" else 0
     places = jnp.arange(count)
-    ahead = {
+    ahead: dict[str, Any] = {
         "inputs": first + step * places,
         "positions": places,
-        "segment_ids": jnp.broadcast_to(example.segment_ids[:, :1], (rows, count)),
+        "segment_ids": None if example.segment_ids is None else jnp.broadcast_to(example.segment_ids[:, :1], (rows, count)),
         "prefix": jnp.ones(count, bool),
     }
     behind = {"inputs": example.inputs, "positions": example.positions + count}

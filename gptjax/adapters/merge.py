@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.adapters.attach import contracted_axes
-from gptjax.adapters.compose import composed
+from gptjax.adapters.compose import Rows, composed, num_leading, with_leading
 from gptjax.adapters.nodes import LowRank, Rescaled
 from gptjax.config import AdapterConfig, Config, UserError
 from gptjax.config.adapter import LEADING
+from gptjax.model import primitives
+from gptjax.model.cache import Cache
+from gptjax.model.decoder import Decoder
 from gptjax.model.kernels import LinearMap
 
 
@@ -50,6 +53,33 @@ def _in_place(layers: Any, dtype: str) -> Any:
                 value = _in_place(value, dtype)
         made[name] = value
     return made
+
+
+def for_writing(config: Config, params: Any) -> tuple[Config, Any]:
+    """(the config, the parameters) that generation takes: those of `merged`, but that what stands ahead of a text is in
+    params["leading"], its keys and values, beside a decoder that knows nothing of it.
+
+    They can be made once, since they see nothing of the text. What has them already comes back as it is.
+    """
+    config, params = merged(config, params)
+    return config, _with_cache(config, params) if num_leading(config, params) else params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _with_cache(config: Config, params: Any) -> Any:
+    none = jnp.zeros((1, 0), jnp.int32)
+    rows, count = with_leading(config, params, Rows(none, none)), num_leading(config, params)
+    model = dataclasses.replace(config.model, remat="none", attention="auto")
+    with primitives.fixed_order():
+        found: Any = Decoder(model).apply(
+            {"params": composed(config, params)},
+            rows.inputs,
+            rows.positions,
+            cache=Cache.empty(model, 1, count),
+            method=Decoder.hidden,
+        )
+    plain = _merged(config, {name: value for name, value in params.items() if name != "adapters"})
+    return plain | {"leading": jax.tree.map(lambda slots: slots[:, :1, :count], found[1])}
 
 
 @functools.partial(jax.jit, static_argnums=0)

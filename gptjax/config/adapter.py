@@ -86,6 +86,26 @@ class AdapterConfig:
         return self.method == "bitfit" and name.rsplit("/", 1)[-1] == "bias"
 
 
+def context_of(config: Config) -> int:
+    """Tokens that a text may have: the model's positions but those that an adapter puts ahead of it."""
+    return config.model.max_seq_len - config.adapter.leading
+
+
+def describe_context(config: Config) -> str:
+    """The limit as a refusal names it: 'model.max_seq_len=64'."""
+    limit = f"model.max_seq_len={config.model.max_seq_len}"
+    places = config.adapter.leading
+    return limit if not places else f"{limit} less the {places} places that adapter.method={config.adapter.method} puts ahead"
+
+
+def writing_refusal(config: Config, both_ways: bool) -> str:
+    """Why texts are not written with the adapter, as part of a sentence; "" where they are. `both_ways`: tokens of a prompt see
+    each other both ways."""
+    if config.adapter.method != "prompt" or not both_ways:
+        return ""
+    return "places of adapter.method=prompt see a prompt whose tokens all see each other, and are computed without it in writing"
+
+
 def check(config: Config) -> None:
     """Raises `UserError` for adapters that don't go with the other knobs."""
     adapter, model = config.adapter, config.model
@@ -137,12 +157,13 @@ def _check_leading(config: Config, method: str) -> None:
             f"{length} and data.seq_len={data.seq_len} are more than model.max_seq_len={model.max_seq_len}, the positions that "
             "the model has."
         )
-    if config.evaluate.sample_tokens:
-        raise UserError(
-            f"evaluate.sample_tokens={config.evaluate.sample_tokens} writes a sample, which {method} cannot; set it to 0."
-        )
-    if writing := [name for name, task in tasks_of(config).items() if task.generate_records]:
-        raise UserError(f"the task {writing[0]} has answers written (task.generate_records), which {method} cannot; set it to 0.")
+    if refusal := writing_refusal(config, config.objective.name == "prefix"):
+        if config.evaluate.sample_tokens:
+            raise UserError(
+                f"evaluate.sample_tokens={config.evaluate.sample_tokens} writes a sample, but {refusal}; set it to 0."
+            )
+        if writing := [name for name, task in tasks_of(config).items() if task.generate_records]:
+            raise UserError(f"the task {writing[0]} has answers written (task.generate_records), but {refusal}; set it to 0.")
     if config.mesh.context != 1:
         raise UserError(f"{method} lengthens rows by {length}, which mesh.context={config.mesh.context} cannot share out; use 1.")
     if adapter.method != "prefix":

@@ -171,7 +171,8 @@ def compiled_search(params: Any, asked: Asked, config: ModelConfig, shape: _Shap
     batch, width = asked.prompts_BP.shape
     params = weights.prepare(params, config)
     places = (shape.groups, batch, shape.beams)
-    _, cache = forward.prefill(params, config, asked.prompts_BP, asked.lengths_B, Cache.empty(config, batch, width + shape.room))
+    cache = forward.empty_cache(params, config, batch, width + shape.room)
+    _, cache = forward.prefill(params, config, asked.prompts_BP, asked.lengths_B, cache)
     rows_N = jnp.broadcast_to(jnp.arange(batch)[None, :, None], places).reshape(-1)
     tokens_BW = jnp.pad(asked.prompts_BP, ((0, 0), (0, shape.room)))
     texts = _Texts(

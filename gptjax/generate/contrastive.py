@@ -108,7 +108,7 @@ def compiled_search(
     batch, width = asked.prompts_BP.shape
     params = weights.prepare(params, config)
     positions_BP = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    cache = Cache.empty(config, batch, width + room)
+    cache = forward.empty_cache(params, config, batch, width + room)
     hidden_BPD, cache = forward.hidden(params, config, asked.prompts_BP, positions_BP, cache)
     last_B1D = jnp.take_along_axis(hidden_BPD, (asked.lengths_B - 1)[:, None, None], axis=1)
     is_prompt_BP1 = (positions_BP < asked.lengths_B[:, None])[..., None]

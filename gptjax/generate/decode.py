@@ -206,7 +206,7 @@ def compiled_generate(
     log-probabilities of new tokens [B, room]). `room`: space for new tokens.
     """
     batch, width = request.prompts_BP.shape
-    cache = Cache.empty(config, batch, min(width + room, config.max_seq_len))
+    cache = forward.empty_cache(params, config, batch, min(width + room, config.max_seq_len))
     prefix_B = request.lengths_B if request.prefix else None
     logits_BV, cache = forward.prefill(params, config, request.prompts_BP, request.lengths_B, cache, prefix_B)
     rows = _Rows(

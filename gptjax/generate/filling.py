@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import ModelConfig, UserError
+from gptjax.adapters.compose import hidden_of_texts
+from gptjax.config import Config, UserError
+from gptjax.config.adapter import context_of, describe_context
 from gptjax.config.objective import Part, parts
 from gptjax.data.reserved import special_ids
 from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.text import generate_text
-from gptjax.model.decoder import Decoder, logits, output_table
+from gptjax.model.decoder import logits, output_table
 from gptjax.model.kernels import Kernel
 
 
@@ -68,8 +70,8 @@ def _ids(model: Any, text: str) -> np.ndarray:
     before = [tokenizer.bos_id] if data.add_bos and tokenizer.bos_id is not None else []
     after = [tokenizer.eos_id] if data.add_eos and tokenizer.eos_id is not None else []
     ids = np.concatenate([before, tokenizer.encode_special(text), after]).astype(np.int32)
-    if len(ids) > model.config.model.max_seq_len:
-        raise UserError(f"the text has {len(ids)} tokens, more than model.max_seq_len={model.config.model.max_seq_len}.")
+    if len(ids) > context_of(model.config):
+        raise UserError(f"the text has {len(ids)} tokens, more than {describe_context(model.config)}.")
     return ids
 
 
@@ -79,11 +81,11 @@ def _fill_masks(model: Any, text: str) -> Filled:
         raise UserError("masks are filled with a model's own weights, not with those stored for generation.")
     ids = _ids(model, text)
     mask = special_ids(tokenizer, config.objective, config.data.seq_len).mask
-    width = min(max(16, 1 << (len(ids) - 1).bit_length()), config.model.max_seq_len)
+    width = min(max(16, 1 << (len(ids) - 1).bit_length()), context_of(config))
     row = np.pad(ids, (0, width - len(ids)))[None]
     is_text = np.zeros(config.model.vocab_size, bool)
     is_text[np.flatnonzero(tokenizer.token_bytes())] = True
-    log_probs_TV = np.asarray(_predictions(model.params, config.model, row, np.arange(width)[None] < len(ids), is_text))
+    log_probs_TV = np.asarray(_predictions(model.params, config, row, np.arange(width)[None] < len(ids), is_text))
     places = np.flatnonzero(ids == mask)
     best = log_probs_TV[places].argmax(-1)
     ids[places] = best
@@ -92,10 +94,10 @@ def _fill_masks(model: Any, text: str) -> Filled:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _predictions(params: Any, config: ModelConfig, tokens_1T: Any, real_1T: Any, is_text_V: Any) -> jax.Array:
+def _predictions(params: Any, config: Config, tokens_1T: Any, real_1T: Any, is_text_V: Any) -> jax.Array:
     """Log-probabilities [T, V] of text at each place; places that are not real are seen by none."""
-    found: Any = Decoder(config).apply({"params": params}, tokens_1T, prefix_BT=real_1T, method=Decoder.hidden)
-    scores_TV = logits(found[0], output_table(params, config), config)[0]
+    hidden_1TD = hidden_of_texts(config, params, tokens_1T, real_1T)
+    scores_TV = logits(hidden_1TD, output_table(params, config.model), config.model)[0]
     return jax.nn.log_softmax(jnp.where(is_text_V, scores_TV, -jnp.inf))
 
 
@@ -113,7 +115,9 @@ def _fill_spans(model: Any, text: str, settings: GenerationConfig, seed: int) ->
     token = tokenizer.token_id(part.token) if part.token else None
     prompt = np.concatenate([[] if token is None else [token], ids]).astype(np.int32)
     settings = settings.replace(eos_token_id=(sentinels[len(marks)],))  # ends the last span
-    found = generate_text(model.params, config, tokenizer, [prompt], settings, seed=seed, texts=[text], both_ways=True)[0]
+    found = generate_text(model.decoding_params, config, tokenizer, [prompt], settings, seed=seed, texts=[text], both_ways=True)[
+        0
+    ]
     spans: dict[int, list[int]] = {int(mark): [] for mark in marks}
     chances = dict.fromkeys(spans, 0.0)
     here: int | None = None

@@ -2,6 +2,9 @@
 
 `params` may be the model's own, or what `weights.prepare` made of them. A loop should be given the latter: the
 former are prepared at every call.
+
+Where params["leading"] holds keys and values of places ahead of every text (prompt and prefix tuning), whoever calls counts a
+text's positions from 0 all the same, in a context that is shorter by so many: `within`, `empty_cache`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,25 @@ from gptjax.generate import weights
 from gptjax.model import decoder, primitives
 from gptjax.model.attention import Cache
 from gptjax.parallel.sharding import mesh_config, use_rules
+
+
+def num_leading(params: Any) -> int:
+    """Places ahead of every text."""
+    return params["leading"].length if "leading" in params else 0
+
+
+def within(config: ModelConfig, params: Any) -> ModelConfig:
+    """The config whose max_seq_len is what a text may have."""
+    return dataclasses.replace(config, max_seq_len=config.max_seq_len - num_leading(params))
+
+
+def empty_cache(params: Any, config: ModelConfig, batch: int, length: int) -> Cache:
+    """A cache for `length` tokens of a text, that holds what is ahead of it."""
+    leading = num_leading(params)
+    cache = Cache.empty(config, batch, leading + length)
+    if not leading:
+        return cache
+    return jax.tree.map(lambda slots, ahead: slots.at[:, :, :leading].set(ahead), cache, params["leading"])
 
 
 def prefill(
@@ -56,7 +78,8 @@ def hidden(
     prefix_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """(normed output of the last block [B, T, D], the cache with the tokens written); `prefix_BT` as the decoder has it."""
-    rows = tokens_BT.shape[0]
+    rows, leading = tokens_BT.shape[0], num_leading(params)
+    config, positions_BT = dataclasses.replace(config, max_seq_len=config.max_seq_len + leading), positions_BT + leading
     if rows < cache.rows:  # the cache has what the mesh divides
         given = (tokens_BT, positions_BT, prefix_BT)
         tokens_BT, positions_BT, prefix_BT = jax.tree.map(lambda x_BT: jnp.pad(x_BT, ((0, cache.rows - rows), (0, 0))), given)

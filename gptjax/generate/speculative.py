@@ -157,7 +157,7 @@ def compiled_rounds(
     draft_params = None if draft_config is None else weights.prepare(draft_params, draft_config)
 
     def filled(params: Any, config: ModelConfig) -> Cache:
-        cache = Cache.empty(config, batch, width + room)
+        cache = forward.empty_cache(params, config, batch, width + room)
         return forward.prefill(params, config, asked.prompts_BP, asked.lengths_B, cache)[1]
 
     none_B = jnp.zeros(batch, jnp.int32)

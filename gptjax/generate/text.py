@@ -11,9 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from gptjax.config import Config, UserError
+from gptjax.config.adapter import context_of, describe_context
+from gptjax.config.adapter import writing_refusal as adapter_refusal
 from gptjax.config.objective import writing_part, writing_refusal
 from gptjax.data.tokenizer_base import refuse_half_characters
-from gptjax.generate import strategies
+from gptjax.generate import forward, strategies
 from gptjax.generate.automata import TokenAutomaton, regex_automaton, schema_automaton
 from gptjax.generate.chat import ChatTemplate
 from gptjax.generate.decode import Generated
@@ -106,8 +108,13 @@ def generate(
         model.decoding_params, model.config, model.tokenizer, ids, chosen, seed=seed, on_text=stream, speed=speed,
         texts=[prompt if isinstance(prompt, str) else None for prompt in each],
         language=language_of(model, regex, json_schema, chosen),
-        draft=None if draft is None else (draft.decoding_params, draft.config.model),
+        draft=None if draft is None else as_draft(draft),
     )  # fmt: skip
+
+
+def as_draft(model: Model) -> Draft:
+    """A model as speculative decoding takes it for the smaller one."""
+    return model.decoding_params, forward.within(model.config.model, model.decoding_params)
 
 
 def language_of(model: Model, regex: str | None, json_schema: Any, settings: GenerationConfig) -> TokenAutomaton | None:
@@ -147,6 +154,9 @@ def generate_text(
     """
     if both_ways is None and (refusal := writing_refusal(config.objective)):
         raise UserError(refusal)
+    both_ways = is_prefix(config) if both_ways is None else both_ways
+    if refusal := adapter_refusal(config, both_ways):
+        raise UserError(f"the model writes no text: {refusal}.")
     ids = [prompt_ids(config, tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     read = [text if text is not None else prompt for text, prompt in zip(texts or [None] * len(ids), prompts, strict=True)]
     shown = [text if isinstance(text, str) else tokenizer.decode(text) for text in read]
@@ -182,16 +192,17 @@ def _draw(
     speed: Speed | None,
     language: TokenAutomaton | None,
     draft: Draft | None,
-    both_ways: bool | None,
+    both_ways: bool,
 ) -> Generated:
     """The one call that draws all tokens, by the strategy of the settings."""
+    model = forward.within(config.model, params)
     options: dict[str, Any] = {
         "settings": settings,
         "seed": seed,
         "eos_ids": settings.eos_ids(tokenizer.eos_id),
         "vocab_size": tokenizer.vocab_size,
         "draft": draft,
-        "prefix": is_prefix(config) if both_ways is None else both_ways,
+        "prefix": both_ways,
     }
     name = strategies.choose(settings, draft)
     if not strategies.STRATEGIES[name].by_step:  # its texts come whole, and are cut at stop strings when they are there
@@ -202,14 +213,14 @@ def _draw(
                 f"stop_strings={list(settings.stop_strings)}: beam search scores whole texts, and does not stop at them."
             )
         with Stopwatch(speed or Speed(), 0) as watch:
-            generated = strategies.generate(params, config.model, prompts, **options)
+            generated = strategies.generate(params, model, prompts, **options)
             watch.drew(int(generated.num_new.sum()))
         return generated
     rows = len(prompts) * settings.num_return_sequences
     stops = stop_guides(tokenizer, settings.stop_strings, rows, config.model.vocab_size)
     options["guides"] = (*language_guides(language, rows, settings.max_new_tokens), *stops)
     if speed is None:
-        return strategies.generate(params, config.model, prompts, on_tokens=hear, **options)
+        return strategies.generate(params, model, prompts, on_tokens=hear, **options)
     with Stopwatch(speed, settings.num_return_sequences * sum(len(prompt) for prompt in prompts)) as watch:
 
         def on_tokens(tokens_B: np.ndarray, alive_B: np.ndarray) -> None:
@@ -217,7 +228,7 @@ def _draw(
             if hear:
                 hear(tokens_B, alive_B)
 
-        return strategies.generate(params, config.model, prompts, on_tokens=on_tokens, **options)
+        return strategies.generate(params, model, prompts, on_tokens=on_tokens, **options)
 
 
 def _show(streams: list[TextStream], eos_ids: Sequence[int], on_text: OnText, tokens_B: np.ndarray, alive_B: np.ndarray) -> None:
@@ -256,8 +267,6 @@ def prompt_ids(config: Config, tokenizer: Any, prompt: Prompt, chat_template: st
         raise UserError(
             "the prompt is empty, and there is no begin-of-text token to start from; give a prompt of at least one character."
         )
-    if len(ids) > config.model.max_seq_len:
-        raise UserError(
-            f"the prompt has {len(ids)} tokens, more than model.max_seq_len={config.model.max_seq_len}, the model's limit."
-        )
+    if len(ids) > context_of(config):
+        raise UserError(f"the prompt has {len(ids)} tokens, more than {describe_context(config)}, the model's limit.")
     return ids

@@ -37,8 +37,7 @@ def prepare(params: Any, config: ModelConfig, weights: str = "") -> Any:
         return params
     if "adapters" in params:
         raise UserError(
-            "the model was trained with adapter.method=prompt or prefix, whose places ahead of a text cannot be merged into its "
-            "parameters, and generation has none for them; `gptjax evaluate` has."
+            "the parameters have adapters beside them; gptjax.adapters.merge.for_writing makes of them what generation takes."
         )
     if weights and config.quantization != "none":
         raise UserError(

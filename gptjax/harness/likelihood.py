@@ -19,10 +19,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gptjax.adapters.compose import hidden_of_texts
 from gptjax.config import Config, UserError
+from gptjax.config.adapter import context_of, describe_context
 from gptjax.config.objective import writing_part, writing_refusal
 from gptjax.model import primitives
-from gptjax.model.decoder import Decoder, output_table
+from gptjax.model.decoder import output_table
 from gptjax.parallel import hosts
 from gptjax.parallel.mesh import batch_shards, make_mesh
 from gptjax.parallel.pipeline import num_micro_batches
@@ -87,7 +89,7 @@ class Likelihood:
     @property
     def max_length(self) -> int:
         """Tokens that a continuation may have at most, and a context that all of it is seen with."""
-        return self.config.model.max_seq_len
+        return context_of(self.config)
 
     # --- text to ids --------------------------------------------------------------------------------------------------------
 
@@ -154,12 +156,12 @@ class Likelihood:
         rows = [self._row(np.asarray(context, np.int32), np.asarray(ids, np.int32)) for context, ids in pairs]
         cut = sum(len(row.ids) < len(context) + len(ids) for row, (context, ids) in zip(rows, pairs, strict=True))
         if cut:
-            self.log(f"{cut} of {len(rows)} contexts were cut from the left to model.max_seq_len={self.max_length}.")
+            self.log(f"{cut} of {len(rows)} contexts were cut from the left to {describe_context(self.config)}.")
         return score_rows(self.config, self.model.params, rows, self.mesh, self.batch_size)
 
     def _row(self, context: np.ndarray, ids: np.ndarray) -> Row:
         if len(ids) > self.max_length:
-            raise UserError(f"a continuation of {len(ids)} tokens is longer than model.max_seq_len={self.max_length}.")
+            raise UserError(f"a continuation of {len(ids)} tokens is longer than {describe_context(self.config)}.")
         whole = np.concatenate([context, ids])[-(self.max_length + 1) :]
         return Row(whole, len(ids), len(whole) - len(ids) if self._both_ways else 0)
 
@@ -243,10 +245,8 @@ def make_step(config: Config, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.
 
     def scores(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         with primitives.fixed_order():
-            hidden: Any = Decoder(config.model).apply(
-                {"params": params}, batch["inputs"], prefix_BT=batch.get("prefix"), method=Decoder.hidden
-            )
-            return token_log_probs(hidden[0], output_table(params, config.model), batch["targets"], **options)
+            hidden_BTD = hidden_of_texts(config, params, batch["inputs"], batch.get("prefix"))
+            return token_log_probs(hidden_BTD, output_table(params, config.model), batch["targets"], **options)
 
     step = jax.jit(scores, out_shardings=replicated(mesh))
 
@@ -271,7 +271,7 @@ def _batches(config: Config, rows: Sequence[Row], mesh: Mesh, batch_size: int) -
     """(numbers of the rows, their padded length, rows that the batch is filled up to), the longest first: what does not fit into
     memory shows at once.
     """
-    context, longest = mesh.shape["context"], config.model.max_seq_len
+    context, longest = mesh.shape["context"], context_of(config)
     multiple = 2 * context if context > 1 else 1  # see parallel.mesh.check_divides
     if longest % multiple:
         raise UserError(f"model.max_seq_len={longest} does not divide over 2 * mesh.context={multiple}; change one of them.")

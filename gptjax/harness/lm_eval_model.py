@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gptjax.config import UserError
+from gptjax.config.adapter import describe_context
 from gptjax.generate.chat import ChatTemplate, PlainTemplate
 from gptjax.generate.decode import bucket
 from gptjax.generate.settings import GenerationConfig
@@ -113,7 +114,7 @@ class GptjaxLM(LM):
         longest = self.likelihood.max_length
         if count >= longest:
             raise UserError(
-                f"max_gen_toks={count}, the tokens that a task writes, must be below model.max_seq_len={longest}; set "
+                f"max_gen_toks={count}, the tokens that a task writes, must be below {describe_context(self.model.config)}; set "
                 "generation_kwargs.max_gen_toks in the task."
             )
         temperature = float(values.pop("temperature", None) or 0.0)

@@ -21,7 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.adapters.attach import adapter_weights
-from gptjax.adapters.merge import merged
+from gptjax.adapters.merge import for_writing
 from gptjax.config import Config, Stages, UserError, flatten, tasks_of, to_dict
 from gptjax.config.objective import writing_part, writing_refusal
 from gptjax.data.mixture import describe
@@ -403,7 +403,7 @@ def _show(run: Run, judged: Examples, step: int) -> None:
 
 def _sample(run: Run, params: Any, step: int) -> None:
     c = run.config.evaluate
-    config, params = merged(run.config, params)
+    config, params = for_writing(run.config, params)
     sample = generate_text(
         params,
         config,

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from gptjax import config as config_lib
-from gptjax.adapters.merge import merged
+from gptjax.adapters.merge import for_writing, merged
 from gptjax.config import AdapterConfig, Config, ModelConfig, UserError, tasks_of
 from gptjax.data.reserved import text_tokenizer
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_folder
@@ -58,14 +58,16 @@ class TrainedModel:
     @functools.cached_property
     def decoding_params(self) -> Any:
         """The parameters as generation reads them, made at the first use and kept: a copy of the model's size."""
-        return weights.prepare(self.params, self.config.model)
+        return weights.prepare(for_writing(self.config, self.params)[1], self.config.model)
 
     def stored_as(self, kind: str) -> TrainedModel:
         """The model for generation alone, its weights as `kind` ("float32", "bfloat16", "int8"; "": model.dtype) has them.
 
         Raises `UserError` as `weights.prepare` does.
         """
-        return dataclasses.replace(self, params=weights.prepare(self.params, self.config.model, kind))
+        return dataclasses.replace(
+            self, params=weights.prepare(for_writing(self.config, self.params)[1], self.config.model, kind)
+        )
 
 
 def load_run(

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptjax.adapters.merge import merged
+from gptjax.adapters.merge import for_writing
 from gptjax.config import Config, TaskConfig, tasks_of
 from gptjax.data.records import Record
 from gptjax.data.tokenizers import Tokenizer
@@ -29,7 +29,7 @@ def answer(
     """{task: what was written to its first `generate_records` prompts}, of the tasks that ask. Records of one prompt share their
     references. An answer is a function of (parameters, prompt, seed) alone.
     """
-    config, params = merged(config, params)
+    config, params = for_writing(config, params)
     found: dict[str, Answers] = {}
     for name, knobs in tasks_of(config).items():
         if knobs.generate_records:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import UserError
+from gptjax.config.adapter import context_of, describe_context
 from gptjax.data.tokenizer_base import refuse_half_characters
 from gptjax.generate.chat import ChatTemplate
 from gptjax.generate.settings import GenerationConfig
@@ -74,7 +75,7 @@ class Conversation:
 
     def _fit(self) -> np.ndarray:
         """The prompt's ids, the oldest turns dropped until there is room for an answer."""
-        context = self._model.config.model.max_seq_len
+        context = context_of(self._model.config)
         room = max(1, min(self._settings.max_new_tokens, context // 2))
         system = [{"role": "system", "content": self.system}] if self.system else []
         for dropped in range(0, len(self.turns), 2):  # a turn is what was said and its answer
@@ -84,7 +85,7 @@ class Conversation:
         else:
             raise UserError(
                 f"this alone makes a prompt of {len(ids)} tokens, which with {room} for the answer is more than "
-                f"model.max_seq_len={context}."
+                f"{describe_context(self._model.config)}."
             )
         if len(ids) == 0:
             raise UserError("the chat template makes no tokens of the conversation.")

@@ -145,7 +145,7 @@ def _load(arguments: argparse.Namespace) -> Any:
 
 def guided(model: Any, settings: GenerationConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """What --regex, --json_schema and --draft ask for, as arguments of `generate_text`. Raises `UserError`."""
-    from gptjax.generate.text import language_of
+    from gptjax.generate.text import as_draft, language_of
     from gptjax.train import loading
 
     schema = None
@@ -162,7 +162,7 @@ def guided(model: Any, settings: GenerationConfig, arguments: argparse.Namespace
         found = loading.load(arguments.draft, weights="", log=log)
         if not found.tokenizer.has_ids_of(model.tokenizer):
             raise UserError(f"--draft={arguments.draft} has another tokenizer than the model.")
-        draft = (found.params, found.config.model)
+        draft = as_draft(found)
     return {"language": language_of(model, arguments.regex, schema, settings), "draft": draft}
 
 

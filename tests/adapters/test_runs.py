@@ -124,7 +124,7 @@ def test_what_an_adapter_cannot_be_written_as(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="adapter.method=bitfit has no form in PEFT"):
         peft.write(tmp_path, "gpt2", case("bitfit"), {})
     for name in ("prompt", "prefix"):
-        with pytest.raises(UserError, match="generation has none for them"):
+        with pytest.raises(UserError, match="merge.for_writing makes of them"):
             weights.prepare(drawn(case(name)), case(name).model)
 
 
@@ -141,7 +141,10 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     (PROMPT, "data.packing=packed puts several documents into one"),
     (PROMPT | WINDOWS | {"adapter.prompt_length": 5}, "prompt_length=5 and data.seq_len=12 are more than model.max_seq_len=16"),
     (PROMPT | WINDOWS | {"mesh.context": 2}, "mesh.context=2 cannot share out"),
-    (PROMPT | WINDOWS | {"evaluate.sample_tokens": 5}, "evaluate.sample_tokens=5 writes a sample"),
+    (
+        PROMPT | WINDOWS | {"evaluate.sample_tokens": 5, "objective.name": "prefix"},
+        "sample_tokens=5 writes a sample, but places of adapter.method=prompt see a prompt whose tokens all see each other",
+    ),
     ({"adapter.method": "lora", "adapter.rank": 0}, "adapter.rank=0 must be at least 1"),
     ({"adapter.method": "lorra"}, "did you mean lora"),
 ]
