@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -12,13 +13,16 @@ import pytest
 
 from gptjax import cli
 from gptjax.adapters import peft
-from gptjax.config import TaskConfig, UserError
+from gptjax.config import Config, TaskConfig, UserError, from_dict, to_json
 from gptjax.data.byte_pairs import byte_characters
-from gptjax.interop import safetensors, task_heads
+from gptjax.interop import huggingface, safetensors, task_heads
 from gptjax.tasks.predict import load_predictor
+from gptjax.train.checkpoints import Checkpoints
 from gptjax.train.restore import load_params
 from tests.interop.test_convert import raw, said
 from tests.interop.test_huggingface import GPT2, LLAMA, gpt2_shapes, llama_shapes, random_tensors, write
+from tests.small import LLAMA as LLAMA_KNOBS
+from tests.small import random_params, small, tree_equal
 
 SILENT: Any = lambda line: None  # noqa: E731
 
@@ -136,6 +140,63 @@ def test_the_decoder_alone_is_written_on_request(made: Any, tmp_path: pathlib.Pa
     assert "score.weight" not in raw(tmp_path / "out" / "model.safetensors")
 
 
+def run_of(folder: pathlib.Path, config: Config, seed: int = 0) -> dict[str, Any]:
+    """The parameters of a run's folder that is written here, without a tokenizer."""
+    folder.mkdir()
+    params = random_params(config, seed)
+    (folder / "config.json").write_text(to_json(config))
+    checkpoint = dataclasses.replace(config.checkpoint, asynchronous=False)
+    with Checkpoints(folder / "checkpoints", checkpoint, SILENT) as checkpoints:
+        checkpoints.save(0, {"params": params}, {}, copied=False)
+    return params
+
+
+def test_of_a_run_of_several_tasks_one_head_is_written(tmp_path: pathlib.Path, capsys: Any) -> None:
+    """Its own table to write with stays behind, since the class has none."""
+    mixture = {"task.mixture": ("news=classification:x", "tags=tagging:x", "said=completion:x")}
+    settings = {"task.mixture_settings": ("news.labels=a|b|c", "tags.labels=O|B-A|I-A")}
+    params = run_of(tmp_path / "run", small(LLAMA_KNOBS, mixture, settings, data__packing="padded"))
+    words = [f"--workdir={tmp_path / 'run'}", "--to=huggingface", f"--output={tmp_path / 'out'}"]
+    assert "has the tasks news, tags, each with a head" in said(capsys, 2, *words)
+    assert cli.main(["convert", *words, "--task=tags"]) == 0
+    model = huggingface.open_folder(tmp_path / "out")
+    assert model.config().model.tied_embeddings and "lm_head.weight" not in model.tensors
+    read = model.read(model.config().model)
+    tree_equal(read, {name: leaf for name, leaf in params.items() if name not in ("head", "task_heads")})
+    found = task_heads.head_of(tmp_path / "out")
+    assert found is not None and found.kinds == ("tagging",) and task_heads.labels_of(tmp_path / "out") == ("O", "B-A", "I-A")
+    tree_equal(found.params, params["task_heads"]["tags"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["architectures"], config["tie_word_embeddings"]) == (["LlamaForTokenClassification"], False)
+    assert cli.main(["convert", *words[:2], f"--output={tmp_path / 'plain'}", "--task=said"]) == 0
+    assert "lm_head.weight" in raw(tmp_path / "plain" / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_places_ahead_of_a_text_come_with_rows_of_their_own(method: str, made: Any, records: Any, tmp_path: pathlib.Path) -> None:
+    """PEFT writes the head of such an adapter under another name, and a task keeps an example in one row."""
+    there = made["classification"][0]
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    values = {"peft_type": f"{method.upper()}_TUNING", "num_virtual_tokens": 3, "modules_to_save": ["classifier", "score"]}
+    (folder / peft.CONFIG).write_text(json.dumps(values))
+    arrays = random_tensors({"prompt_embeddings": (3, 8 if method == "prompt" else 32), "base_model.score.weight": (3, 8)})
+    safetensors.write_file(
+        folder / peft.WEIGHTS, [(name, "F32", array.shape, lambda a=array: [a]) for name, array in arrays.items()]
+    )
+    words = ["convert", f"--from={there}", f"--adapter={folder}", f"--output={tmp_path / 'run'}"]
+    assert cli.main([*words, "--config.task.kind=classification", f"--config.task.path={records}"]) == 0
+    found = load_params(tmp_path / "run", SILENT)
+    assert (found.config.data.packing, found.config.data.seq_len, found.config.task.labels) == (
+        "padded",
+        61,
+        ("sun", "cat", "dog"),
+    )
+    assert cli.main(["convert", f"--workdir={tmp_path / 'run'}", "--to=peft", f"--output={tmp_path / 'out'}"]) == 0
+    out = raw(tmp_path / "out" / peft.WEIGHTS)
+    assert out["base_model.score.weight"] == raw(folder / peft.WEIGHTS)["base_model.score.weight"]
+
+
 # --- adapters -------------------------------------------------------------------------------------------------------------------
 
 
@@ -196,8 +257,6 @@ def test_what_is_saved_beside_an_adapter_is_a_head_or_refused(
     tmp_path: pathlib.Path, values: Any, tensors: Any, message: str
 ) -> None:
     folder = adapter_folder(tmp_path / "adapter", tensors, **values)
-    from gptjax.config import from_dict
-
     model = from_dict({"model": {"num_layers": 2, "model_dim": 8, "num_heads": 2}, "train": {"duration_steps": 1}}).model
     with pytest.raises(UserError, match=message):
         peft.read_head(folder)
