@@ -8,6 +8,7 @@ import pathlib
 import shutil
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -123,6 +124,27 @@ def test_labels_in_another_order_take_their_outputs_with_them(made: Any, records
     assert cli.main(["convert", f"--from={there}", f"--output={tmp_path / 'run'}", *task]) == 0
     kernels = [np.asarray(load_params(one, SILENT).params["task_heads"]["task"]["kernel"]) for one in (run, tmp_path / "run")]
     np.testing.assert_array_equal(kernels[0][:, [2, 0, 1]], kernels[1])
+
+
+def test_a_head_keeps_its_type_of_numbers(made: Any, records: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    """A decoder in bfloat16 and its head in float32 go back as they came; rounding one is said."""
+    there = shutil.copytree(made["classification"][0], tmp_path / "there")
+    shapes = {name: shape for name, (_, shape, _) in raw(there / "model.safetensors").items()}
+    arrays = {
+        name: array if name == "score.weight" else array.astype(ml_dtypes.bfloat16)
+        for name, array in random_tensors(shapes).items()
+    }
+    write(there, json.loads((there / "config.json").read_text()), arrays)
+    words = ["convert", f"--from={there}", "--config.task.kind=classification", f"--config.task.path={records}"]
+    assert cli.main([*words, f"--output={tmp_path / 'run'}"]) == 0
+    assert "is rounded" not in capsys.readouterr().err
+    back = ["convert", f"--workdir={tmp_path / 'run'}", "--to=huggingface", f"--output={tmp_path / 'back'}"]
+    assert cli.main(back) == 0
+    found = raw(tmp_path / "back" / "model.safetensors")
+    assert found == raw(there / "model.safetensors") and {kind for kind, *_ in found.values()} == {"BF16", "F32"}
+    capsys.readouterr()
+    assert cli.main([*words, f"--output={tmp_path / 'rounded'}", "--dtype=bfloat16"]) == 0
+    assert "is rounded to model.param_dtype=bfloat16; --dtype=float32 keeps it" in capsys.readouterr().err
 
 
 def test_without_a_task_the_head_is_left_behind_and_said_so(made: Any, tmp_path: pathlib.Path, capsys: Any) -> None:
