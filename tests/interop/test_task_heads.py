@@ -17,9 +17,10 @@ from gptjax.adapters import peft
 from gptjax.config import Config, TaskConfig, UserError, from_dict, to_json
 from gptjax.data.byte_pairs import byte_characters
 from gptjax.interop import huggingface, safetensors, task_heads
+from gptjax.parallel.mesh import make_mesh
 from gptjax.tasks.predict import load_predictor
 from gptjax.train.checkpoints import Checkpoints
-from gptjax.train.restore import load_params
+from gptjax.train.restore import initial_params, load_params
 from tests.interop.test_convert import raw, said
 from tests.interop.test_huggingface import GPT2, LLAMA, gpt2_shapes, llama_shapes, random_tensors, write
 from tests.small import LLAMA as LLAMA_KNOBS
@@ -116,6 +117,11 @@ def test_the_run_predicts_and_is_evaluated_at_once(made: Any, capsys: Any) -> No
     np.testing.assert_allclose([row["probabilities"][label] for label in predictor.labels], found[0], atol=1e-12)
     assert cli.main(["evaluate", f"--workdir={run}", "--json"]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["accuracy"] <= 1
+    model = load_params(run, SILENT)
+    lines: list[str] = []
+    started = initial_params(dataclasses.replace(model.config, init_from=str(run)), make_mesh(model.config.mesh), lines.append)
+    tree_equal(started, model.params)
+    assert "the head of task is the one that was trained there." in lines
 
 
 def test_labels_in_another_order_take_their_outputs_with_them(made: Any, records: pathlib.Path, tmp_path: pathlib.Path) -> None:
