@@ -109,7 +109,7 @@ def import_model(
     is_foreign = model.format == "huggingface"
     base_head = task_heads.head_of(source) if is_foreign else None
     head = (peft.read_head(pathlib.Path(adapter)) if adapter else None) or base_head
-    config, heads = _with_head(config, head, task_heads.labels_of(source) if is_foreign else (), source, log)
+    config, heads = _with_head(config, head, task_heads.labels_of(source) if is_foreign and head else (), source, log)
     shapes = layout.shapes(config.model)
     count = sum(map(math.prod, shapes.values()))
     size = count * np.dtype(config.model.param_dtype).itemsize
