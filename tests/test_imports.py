@@ -167,6 +167,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gptjax.interop",
         "gptjax.model.parameterization",
         "gptjax.recipes",
+        "gptjax.tasks.losses",
+        "gptjax.tasks.table",
         "gptjax.train.checkpoints",
         "gptjax.train.restore",
         "gptjax.train.run",

@@ -18,20 +18,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.adapters.attach import SHARING, contracted_axes, rescales_inputs
-from gptjax.config import Config, ModelConfig, UserError
-from gptjax.config.adapter import LOW_RANK
-from gptjax.interop import layout, safetensors
+from gptjax.config import Config, ModelConfig, UserError, tasks_of
+from gptjax.config.adapter import LEADING, LOW_RANK
+from gptjax.interop import layout, safetensors, task_heads
 from gptjax.interop.architectures import ARCHITECTURES
 from gptjax.interop.tensors import Tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."
+OUTER = "base_model."  # in front of a head's name where the method changes no module: prompts and prefixes
 
 # What a config may say of a method without changing what it computes here; anything else is refused.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "bias": (None, "none"),
     **dict.fromkeys(("lora_bias", "use_qalora", "use_bdlora", "prefix_projection"), (None, False)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"), (None, {}, [])),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "layer_replication"), (None, {}, [])),
     **dict.fromkeys(("target_parameters", "trainable_token_indices", "alora_invocation_tokens"), (None, [])),
 }
 
@@ -116,6 +117,26 @@ def read(folder: pathlib.Path, kind: str, model: ModelConfig, params: Any) -> tu
     `params`: the base's, whose biases prefix tuning's keys and values are counted without. Raises `UserError`, naming file and
     key or tensor, for what has no place here.
     """
+    values, stored = _opened(folder)
+    method = values.get("peft_type")
+    if method not in _READERS:
+        raise UserError(f"{folder / CONFIG}: peft_type={method!r} is not known; known are {', '.join(_READERS)}.")
+    tensors = _File(stored, kind)
+    tensors.used.update(_head_names(folder, values, stored).values())
+    knobs, flat = _READERS[method](values, tensors, modules_of(kind, model), model, params)
+    if left := tensors.unused():
+        raise UserError(f"{folder / WEIGHTS}: the tensor {left[0]} has no place in a {kind} with {method}.")
+    return knobs, layout.nested({path: np.ascontiguousarray(array, np.float32) for path, array in flat.items()})
+
+
+def read_head(folder: pathlib.Path) -> task_heads.Head | None:
+    """The head of a task that a PEFT folder has beside its adapter; None where it has none. Raises `UserError` as `read`."""
+    values, tensors = _opened(folder)
+    return task_heads.head_in(tensors, _head_names(folder, values, tensors))
+
+
+def _opened(folder: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
+    """(what the config says, the tensors) of a PEFT folder."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is not a PEFT folder: it has no {CONFIG}.")
     if not (folder / WEIGHTS).is_file():
@@ -124,23 +145,37 @@ def read(folder: pathlib.Path, kind: str, model: ModelConfig, params: Any) -> tu
     for key, allowed in _MUST_BE.items():
         if values.get(key) not in allowed:
             raise UserError(f"{folder / CONFIG}: {key}={values[key]!r} has no counterpart here.")
-    method = values.get("peft_type")
-    if method not in _READERS:
-        raise UserError(f"{folder / CONFIG}: peft_type={method!r} is not known; known are {', '.join(_READERS)}.")
-    tensors = _File(Tensors(folder / WEIGHTS, safetensors.read_header(folder / WEIGHTS)), ARCHITECTURES[kind].prefix)
-    knobs, flat = _READERS[method](values, tensors, modules_of(kind, model), model, params)
-    if left := tensors.unused():
-        raise UserError(f"{folder / WEIGHTS}: the tensor {left[0]} has no place in a {kind} with {method}.")
-    return knobs, layout.nested({path: np.ascontiguousarray(array, np.float32) for path, array in flat.items()})
+    return values, Tensors(folder / WEIGHTS, safetensors.read_header(folder / WEIGHTS))
+
+
+def _head_names(folder: pathlib.Path, values: Mapping[str, Any], tensors: Tensors) -> dict[str, str]:
+    """{"score.weight": its name in the file} of the modules that are saved whole. Raises `UserError` for one that is no head."""
+    saved = values.get("modules_to_save") or []
+    for module in saved if isinstance(saved, list) else [saved]:
+        if module not in task_heads.MODULES:
+            raise UserError(
+                f"{folder / CONFIG}: modules_to_save has {module!r}, which has no counterpart here; read are the heads of tasks, "
+                f"{', '.join(task_heads.MODULES)}."
+            )
+    names = {name.removeprefix(ROOT).removeprefix(OUTER): name for name in tensors}
+    found = {name: names[name] for name in task_heads.TENSORS if name in names and name.partition(".")[0] in saved}
+    if saved and not found:
+        raise UserError(f"{folder / WEIGHTS} has no tensor of {', '.join(dict.fromkeys(saved))}, which modules_to_save names.")
+    return found
 
 
 class _File:
     """The tensors of a file by the base model's own names, with or without the prefix of its head's class."""
 
-    def __init__(self, tensors: Tensors, prefix: str) -> None:
+    def __init__(self, tensors: Tensors, kind: str) -> None:
         self.tensors = tensors
-        self.names = {name.removeprefix(ROOT).removeprefix(prefix): name for name in tensors}
-        self.used: set[str] = set()
+        prefixes = (ARCHITECTURES[kind].prefix, task_heads.form_of("answers", kind).prefix_of(kind))
+        self.names: dict[str, str] = {}
+        for full in tensors:
+            name = full.removeprefix(ROOT)
+            prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+            self.names[name.removeprefix(prefix)] = full
+        self.used: set[str] = set()  # full names
 
     def has(self, name: str) -> bool:
         return name in self.names
@@ -152,11 +187,11 @@ class _File:
         if stored.shape != shape:
             raise UserError(f"{self.tensors.source}: the tensor {full} has shape {stored.shape}, but {shape} is asked for.")
         self.tensors.check_kind(full)
-        self.used.add(name)
+        self.used.add(full)
         return self.tensors.rows(full, 0, shape[0]).astype(np.float32)
 
     def unused(self) -> list[str]:
-        return sorted(self.names[name] for name in self.names.keys() - self.used)
+        return sorted(set(self.tensors) - self.used)
 
 
 def _stacked(tensors: _File, module: str, name: str, shape: tuple[int, ...], model: ModelConfig) -> np.ndarray:
@@ -266,20 +301,26 @@ _READERS: dict[str, Callable[..., tuple[dict[str, Any], Flat]]] = {
 # --- out ------------------------------------------------------------------------------------------------------------------------
 
 
-def write(folder: pathlib.Path, kind: str, config: Config, params: Any, base: str = "") -> None:
+def write(folder: pathlib.Path, kind: str, config: Config, params: Any, base: str = "", task: str = "") -> None:
     """Writes the two files of a run's adapters into an existing folder, for a base model of architecture `kind`.
 
-    `params`: the run's, in which "adapters" stand; `base`: the name or path of the base model, for PEFT to find. Raises
-    `UserError` where PEFT has no such adapter, OSError where the disk refuses.
+    `params`: the run's, in which "adapters" stand; `base`: the name or path of the base model, for PEFT to find; `task`: the one
+    whose head is written with them, for the base's class of such tasks. Raises `UserError` where PEFT has no such adapter,
+    OSError where the disk refuses.
     """
     method, model = config.adapter.method, config.model
     if method not in _WRITERS:
         raise UserError(f"adapter.method={method} has no form in PEFT; {', '.join(_WRITERS)} have.")
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in _flat(params["adapters"]).items()}
     values, arrays = _WRITERS[method](config, flat, modules_of(kind, model), params)
-    prefix = ROOT + ARCHITECTURES[kind].prefix
+    form = task_heads.form_of(tasks_of(config)[task].kind, kind) if task else None
+    prefix = ROOT + (form.prefix_of(kind) if form else ARCHITECTURES[kind].prefix)
     named = {name if name == "prompt_embeddings" else prefix + name: array for name, array in arrays.items()}
-    common = {"base_model_name_or_path": base or None, "task_type": "CAUSAL_LM", "inference_mode": True}
+    common: dict[str, Any] = {"base_model_name_or_path": base or None, "task_type": "CAUSAL_LM", "inference_mode": True}
+    if form:
+        common |= {"task_type": form.task_type, "modules_to_save": list(form.saved)}
+        outer = OUTER if method in LEADING else ROOT
+        named |= {outer + name: array for name, array in task_heads.tensors_of(form, params["task_heads"][task]).items()}
     (folder / CONFIG).write_text(json.dumps(common | values, indent=2) + "\n", encoding="utf-8")
     tensors: list[safetensors.Write] = [
         (name, "F32", array.shape, functools.partial(_whole, array)) for name, array in named.items()

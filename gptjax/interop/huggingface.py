@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any
 
 from gptjax.config import ModelConfig, UserError, to_dict
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.interop import foreign, layout, safetensors, tokens
+from gptjax.interop import foreign, layout, safetensors, task_heads, tokens
 from gptjax.interop.architectures import ARCHITECTURES, Architecture, Knobs, Source, read_knobs, write_config
 from gptjax.interop.foreign import Foreign
 from gptjax.interop.layout import Row
@@ -42,35 +41,6 @@ def model_knobs(folder: pathlib.Path) -> Knobs:
     return _settled(open_folder(folder))
 
 
-# What transformers' classes for tasks add to a model: tensor, and what it is of a head's.
-_TASK_HEADS = {
-    "score.weight": "kernel",  # ...ForSequenceClassification, and Llama's ...ForTokenClassification with a bias
-    "score.bias": "bias",
-    "classifier.weight": "kernel",  # ...ForTokenClassification
-    "classifier.bias": "bias",
-    "qa_outputs.weight": "kernel",  # ...ForQuestionAnswering
-    "qa_outputs.bias": "bias",
-}
-
-
-def task_head(folder: pathlib.Path) -> tuple[Knobs, tuple[str, ...]]:
-    """({"kernel": [D, K], "bias": [K]} of a folder's head for a task, its labels in order); ({}, ()) where it has none or they
-    have no names, as transformers' LABEL_0 is none.
-    """
-    tensors = safetensors.open_folder(folder)
-    found = {}
-    for name, part in _TASK_HEADS.items():
-        if name in tensors:
-            tensors.check_kind(name)
-            found[part] = tensors.rows(name, 0, tensors[name].shape[0]).T
-    names = safetensors.read_json(folder / "config.json").get("id2label") or {}
-    try:
-        labels = tuple(str(names[key]) for key in sorted(names, key=int)) if found else ()
-    except (TypeError, ValueError):
-        raise UserError(f"{folder / 'config.json'}: id2label is not an object of labels by number.") from None
-    return found, () if all(re.fullmatch(r"LABEL_\d+", label) for label in labels) else labels
-
-
 def _settled(model: Foreign) -> Knobs:
     settled = {*model.knobs, "num_kv_heads", "head_dim", "mlp_dim"}
     return {name: value for name, value in to_dict(model.config().model).items() if name in settled}
@@ -96,7 +66,7 @@ def open_folder(folder: pathlib.Path) -> Foreign:
     prefix = next((one for one in prefixes if any(name.startswith(one) for name in tensors)), "")
     found = next((name for name in architecture.heads if name in tensors), None)
     head = found or architecture.heads[0]
-    if found is None and any(name in tensors for name in _TASK_HEADS):
+    if found is None and any(name in tensors for name in task_heads.TENSORS):
         knobs["tied_embeddings"] = True  # a class for a task has no table to write with, and the embedding's costs nothing
 
     def rows(config: ModelConfig) -> list[Row]:
@@ -143,7 +113,7 @@ def _ignored(architecture: Architecture, tensors: Tensors, prefix: str, head: st
     embedding = next(prefix + row.name for row in _embedding(architecture))
 
     def ignored(name: str) -> bool:
-        if name in _TASK_HEADS or layout.matches(architecture.ignored)(name.removeprefix(prefix)):
+        if name in task_heads.TENSORS or layout.matches(architecture.ignored)(name.removeprefix(prefix)):
             return True
         if name == head and tied:
             tensors.check_kind(head)
@@ -258,18 +228,40 @@ class Export:
     config: ModelConfig
     tensors: list[safetensors.Write]
     encodings: dict[str, str]
+    about: dict[str, Any]  # what config.json says of a task's head
+
+    @property
+    def name(self) -> str:
+        """The architecture, or the class where it is one for a task."""
+        return self.about["architectures"][0] if self.about else self.kind
 
     @property
     def num_bytes(self) -> int:
         return sum(map(safetensors.num_bytes, self.tensors))
 
 
-def prepare(config: ModelConfig, flat: dict[str, Any], dtype: str = "", source: dict[str, Any] | None = None) -> Export:
+@dataclasses.dataclass(frozen=True)
+class TaskHead:
+    """A head that is to be written in the place of the output table."""
+
+    kind: str  # of its task
+    labels: tuple[str, ...]
+    params: dict[str, Any]  # "kernel" [D, K], "bias" [K]
+
+
+def prepare(
+    config: ModelConfig,
+    flat: dict[str, Any],
+    dtype: str = "",
+    source: dict[str, Any] | None = None,
+    head: TaskHead | None = None,
+) -> Export:
     """What is to be written of a model; `flat` is {path: array}.
 
     `dtype`: float32, bfloat16 or float16 for all tensors; "": those of the folder that the model was read from, which `source`
     tells ({"format", "architecture", "kinds"}), else the parameters' own. The multipliers of model.parameterization=mup go into
-    the weights. Raises `UserError` where no architecture expresses the model.
+    the weights. With `head` it becomes the architecture's class for that task. Raises `UserError` where no architecture expresses
+    the model.
     """
     flat, config = parameterization.folded(config, flat), parameterization.standard(config)
     source = source if source and source.get("format") == "huggingface" else {}
@@ -280,9 +272,20 @@ def prepare(config: ModelConfig, flat: dict[str, Any], dtype: str = "", source: 
     kinds = source.get("kinds", {}) if kind == source.get("architecture") else {}
     default = DTYPES[dtype or config.param_dtype] if dtype or not kinds else kinds["default"]
     others = {} if dtype else kinds.get("others", {})
-    rows = named_rows(architecture, config, architecture.prefix, architecture.heads[0])
-    tensors = list(layout.writes(rows, config, flat, lambda name: others.get(name, default)))
-    return Export(kind, config, tensors, {name: encoding for name, encoding, *_ in tensors})
+    form = task_heads.form_of(head.kind, kind) if head else None
+    prefix = form.prefix_of(kind) if form else architecture.prefix
+    rows = named_rows(architecture, config, prefix, architecture.heads[0])
+    own = len(prefix)
+
+    def kind_of(name: str) -> str:
+        return others.get(architecture.prefix + name[own:] if name.startswith(prefix) else name, default)
+
+    tensors = list(layout.writes([row for row in rows if not (form and row.path == "head")], config, flat, kind_of))
+    about: dict[str, Any] = {}
+    if head and form:
+        tensors += task_heads.writes(form, head.params, kind_of)
+        about = task_heads.config_of(form, kind, head.labels)
+    return Export(kind, config, tensors, {name: encoding for name, encoding, *_ in tensors}, about)
 
 
 def write(folder: pathlib.Path, export: Export, tokenizer: Tokenizer | None, shard_bytes: int = SHARD_BYTES) -> list[str]:
@@ -291,7 +294,7 @@ def write(folder: pathlib.Path, export: Export, tokenizer: Tokenizer | None, sha
     Returns what is to be said about it. Raises OSError where the disk refuses.
     """
     kinds = set(export.encodings.values())
-    values = write_config(export.kind, export.config)
+    values = write_config(export.kind, export.config) | export.about
     values["torch_dtype"] = _TORCH[next(iter(kinds))] if len(kinds) == 1 else "float32"
     ids = {"bos_token_id": tokenizer.bos_id if tokenizer else None, "eos_token_id": tokenizer.eos_id if tokenizer else None}
     (folder / "config.json").write_text(json.dumps(values | ids, indent=2) + "\n", encoding="utf-8")

@@ -48,7 +48,8 @@ def to_folder(folder: pathlib.Path, tokenizer: Tokenizer) -> list[str]:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         _write(folder, tokenizer.files())
         if "tokenizer_config.json" not in tokenizer.files():
-            _describe(folder, "PreTrainedTokenizerFast", dict(tokenizer.token_names()))
+            is_one_file = "tokenizer.json" in tokenizer.files()  # else it is made of vocab.json and merges.txt
+            _describe(folder, "PreTrainedTokenizerFast" if is_one_file else "GPT2Tokenizer", dict(tokenizer.token_names()))
     elif isinstance(tokenizer, Gpt2Tokenizer):
         files = tokenizer.files()
         _write(folder, {"vocab.json": files["encoder.json"], "merges.txt": files["vocab.bpe"]})

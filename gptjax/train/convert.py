@@ -21,14 +21,17 @@ import numpy as np
 
 from gptjax import config as config_lib
 from gptjax.adapters import peft
-from gptjax.config import Config, UserError
+from gptjax.config import HEADED, Config, TaskConfig, UserError, tasks_of
 from gptjax.config.adapter import LEADING
 from gptjax.config.objective import sees_later_tokens
+from gptjax.config.task import OF_TEXTS
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
-from gptjax.interop import formats, huggingface, layout, tokens, verify
+from gptjax.interop import formats, huggingface, layout, task_heads, tokens, verify
 from gptjax.interop.foreign import Foreign
 from gptjax.model import parameterization
 from gptjax.recipes import apply_override
+from gptjax.tasks.losses import HEADS
+from gptjax.tasks.table import TASKS
 from gptjax.train import run
 from gptjax.train.checkpoints import Checkpoints
 from gptjax.train.restore import load_params
@@ -86,7 +89,8 @@ def import_model(
     adapter: str = "",
 ) -> dict[str, Any]:
     """Writes a run's folder with the model at `source`: config.json, tokenizer, and a checkpoint of parameters at step 0; with
-    the adapter of the PEFT folder `adapter` beside it, as a run that was trained with it has.
+    the adapter of the PEFT folder `adapter` beside it, as a run that was trained with it has. Where `overrides` name a task, the
+    head that either has becomes that task's.
 
     `format`: a key of `formats.FORMATS`, "": told by what is there; `dtype`: of the parameters, "": as stored; `overrides` such
     as model.max_seq_len=8192 are laid over what the source says. Returns a summary. Raises `UserError`, OSError where the disk
@@ -102,11 +106,15 @@ def import_model(
     tokenizer, reason = _tokenizer(model, tokenizer_path)
     config = _run_config(model, tokenizer, output, dtype, overrides)
     model.check(config.model)
+    is_foreign = model.format == "huggingface"
+    base_head = task_heads.head_of(source) if is_foreign else None
+    head = (peft.read_head(pathlib.Path(adapter)) if adapter else None) or base_head
+    config, heads = _with_head(config, head, task_heads.labels_of(source) if is_foreign and head else (), source, log)
     shapes = layout.shapes(config.model)
     count = sum(map(math.prod, shapes.values()))
     size = count * np.dtype(config.model.param_dtype).itemsize
     fingerprint = {"tokenizer": tokenizer.encoding_fingerprint} if tokenizer is not None else {}
-    about = {"format": model.format, "architecture": model.architecture, "kinds": model.kinds(config.model)}
+    about = {"format": model.format, "architecture": model.architecture, "kinds": _kinds(model, config, base_head)}
     with new_folder(output, size + 2**20) as folder:
         params = model.read(config.model)
         if adapter:
@@ -115,11 +123,13 @@ def import_model(
         run.write_atomically(folder / "config.json", config_lib.to_json(config).encode())
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
-        found = verify.compare(source, config.model, params) if verified else None
-        if found:
+        found = None
+        if verified:  # what the class of the folder says, whether its head is kept or not
+            own_head = (base_head.params, base_head.suffix) if base_head else ()
+            found = verify.compare(source, config.model, params, *own_head)
             run.write_json(folder / "verify.json", found)
             _judge(found)
-        params = params | ({"adapters": own} if adapter else {})
+        params = params | ({"adapters": own} if adapter else {}) | heads
         state = {"params": jax.tree.map(functools.partial(jax.device_put, may_alias=True), params)}
         del params
         checkpoint = dataclasses.replace(config.checkpoint, asynchronous=False, max_failures=1)
@@ -134,8 +144,64 @@ def import_model(
         "parameters": count,
         "dtype": config.model.param_dtype,
         "tokenizer": tokenizer.kind if tokenizer else None,
+        "task": config.task.kind if heads else None,
         "verify": found,
     }
+
+
+def _kinds(model: Foreign, config: Config, head: task_heads.Head | None) -> dict[str, Any]:
+    """The encodings of the tensors, the head's with them, to write the same ones again."""
+    kinds = model.kinds(config.model)
+    own = {} if head is None else {name: kind for name, kind in head.encodings.items() if kind != kinds["default"]}
+    return kinds | {"others": kinds["others"] | own}
+
+
+def _with_head(
+    config: Config, head: task_heads.Head | None, names: tuple[str, ...], source: pathlib.Path, log: Log
+) -> tuple[Config, dict[str, Any]]:
+    """(the config, with the labels of its task; {"task_heads": the head as the task's own}, {} where the run has none).
+
+    `names`: the labels in the base's config.json. Raises `UserError` where the task needs a head and there is none that fits.
+    """
+    tasks = {name: knobs for name, knobs in tasks_of(config).items() if knobs.kind in HEADED}
+    if not tasks:
+        if head is not None:
+            log(
+                f"{head.described()}, is left behind; --config.task.path=FILE and --config.task.kind={' or '.join(head.kinds)} "
+                "keep it."
+            )
+        return config, {}
+    if config.task.mixture:
+        raise UserError(f"task.mixture has a head each for {', '.join(tasks)}, and a folder has one: convert with task.kind.")
+    ((name, task),) = tasks.items()
+    if head is None:
+        raise UserError(
+            f"task.kind={task.kind} reads what it says off a head, and there is none in {source}: `gptjax train` with "
+            "--config.init_from trains one."
+        )
+    task, params = task_heads.labelled(head, task, names, log)
+    params = _fitting(head, task, params, config, log)
+    labels = f", of {', '.join(task.labels)}" if task.labels else ""
+    log(
+        f"{head.described()}, is that of task.kind={task.kind}{labels}. Texts are read with data.add_bos={config.data.add_bos} "
+        f"and data.add_eos={config.data.add_eos}: set them as they were when it was trained."
+    )
+    config = config_lib.with_tasks(config, {name: task})
+    return config_lib.from_dict(config_lib.to_dict(config)), {HEADS: {name: params}}
+
+
+def _fitting(
+    head: task_heads.Head, task: TaskConfig, params: dict[str, np.ndarray], config: Config, log: Log
+) -> dict[str, np.ndarray]:
+    """The head's parameters in `model.param_dtype`. Raises `UserError` where they have other shapes than the task's."""
+    wanted = {part: parameter.shape for part, parameter in TASKS[task.kind].head(task, config.model).items()}
+    if (found := {part: array.shape for part, array in params.items()}) != wanted:
+        raise UserError(f"{head.described()}, has the shapes {found}, but task.kind={task.kind} asks for {wanted}.")
+    dtype = np.dtype(config.model.param_dtype)
+    placed = {part: np.ascontiguousarray(array, dtype) for part, array in params.items()}
+    if any(not np.array_equal(placed[part].astype(np.float64), array.astype(np.float64)) for part, array in params.items()):
+        log(f"{head.described()}, is rounded to model.param_dtype={dtype}; --dtype=float32 keeps it as it is.")
+    return placed
 
 
 def _with_adapter(config: Config, knobs: dict[str, Any]) -> Config:
@@ -144,7 +210,8 @@ def _with_adapter(config: Config, knobs: dict[str, Any]) -> Config:
     values["adapter"] = knobs
     if knobs["method"] in LEADING:
         longest = config.model.max_seq_len - knobs["prompt_length"]
-        values["data"] |= {"packing": "windows", "seq_len": min(config.data.seq_len, longest)}
+        packing = "padded" if tasks_of(config) else "windows"
+        values["data"] |= {"packing": packing, "seq_len": min(config.data.seq_len, longest)}
     return config_lib.from_dict(values)
 
 
@@ -168,11 +235,16 @@ def _run_config(
         values.model.update(model.knobs)
     for override in [*([f"model.param_dtype={dtype}"] if dtype else []), *overrides]:
         apply_override(values, override)
-    values.data.seq_len = min(1024, values.model.max_seq_len)
+    told = {override.partition("=")[0] for override in overrides}
+    if "data.seq_len" not in told:
+        values.data.seq_len = min(1024, values.model.max_seq_len)
+    if "data.add_eos" not in told and values.task.kind in HEADED:
+        values.data.add_eos = False  # transformers' tokenizers put nothing behind a text, and its last token is read
     values.train.duration_steps = values.train.duration_steps or 1
     if tokenizer is not None:
         values.data.tokenizer = tokenizer.kind
-        values.data.add_bos = tokenizer.begins_with_bos
+        if "data.add_bos" not in told:
+            values.data.add_bos = tokenizer.begins_with_bos
         if tokenizer.kind in _TOKENIZER_FILES:
             values.data.tokenizer_path = str(output.absolute() / "tokenizer" / _TOKENIZER_FILES[tokenizer.kind])
     config = _at_the_door(model, values)
@@ -203,11 +275,14 @@ def export_model(
     dtype: str = "",
     shard_bytes: int = huggingface.SHARD_BYTES,
     verified: bool = False,
+    task: str = "",
 ) -> dict[str, Any]:
-    """Writes a Hugging Face folder of a run's model: the average where the run keeps one.
+    """Writes a Hugging Face folder of a run's model: the average where the run keeps one. Of a run whose task has a head, it is
+    the class for such tasks, with the head in the place of the output table.
 
-    `dtype`: float32, bfloat16 or float16, "": as it was read, or the parameters'. Returns a summary. Raises `UserError` where
-    no architecture expresses the model, OSError where the disk refuses, and `VerificationFailed`.
+    `dtype`: float32, bfloat16 or float16, "": as it was read, or the parameters'; `task`: as `task_heads.headed`. Returns a
+    summary. Raises `UserError` where no architecture expresses the model, OSError where the disk refuses, and
+    `VerificationFailed`.
     """
     if verified:
         verify.check_installed()
@@ -225,42 +300,85 @@ def export_model(
             "parameter of a Hugging Face model; --to=peft writes them."
         )
     huggingface.architecture_for(parameterization.standard(config.model))  # refuses before anything is restored
+    name = task_heads.headed(tasks_of(config), task)
     tokenizer = load_tokenizer(workdir / "tokenizer") if (workdir / "tokenizer").is_dir() else None
     trained = load_params(workdir, log, step, config)
-    flat = run.named_leaves(trained.params)
-    export = huggingface.prepare(config.model, flat, dtype, trained.metadata.get("source"))
+    flat = run.named_leaves({part: tree for part, tree in trained.params.items() if part != HEADS})
+    head = None
+    if name:
+        knobs = tasks_of(config)[name]
+        head = huggingface.TaskHead(knobs.kind, knobs.labels, trained.params[HEADS][name])
+    export = huggingface.prepare(config.model, flat, dtype, trained.metadata.get("source"), head)
     with new_folder(output, export.num_bytes + 2**20) as folder:
         for note in huggingface.write(folder, export, tokenizer, shard_bytes):
             log(note)
         found = None
         if verified:
-            found = verify.compare(folder, export.config, huggingface.load(folder)[1])
+            found = _compared(huggingface.open_folder(folder), folder, task_heads.head_of(folder))
             run.write_json(folder / "verify.json", found)
             _judge(found)
+    if name:
+        _say_how_it_reads(config, name, workdir, log)
     return {
         "output": str(output),
-        "architecture": export.kind,
+        "architecture": export.name,
         "step": trained.step,
         "bytes": export.num_bytes,
         "verify": found,
     }
 
 
-def export_adapter(workdir: pathlib.Path, output: pathlib.Path, log: Log, *, step: int | None = None) -> dict[str, Any]:
-    """Writes a PEFT folder of a run's adapter. Returns a summary. Raises `UserError` where the run has none that PEFT has, or no
-    Hugging Face architecture expresses its decoder, and OSError where the disk refuses.
+def _compared(model: Foreign, folder: pathlib.Path, head: task_heads.Head | None) -> dict[str, Any]:
+    """What `verify` finds of a folder that was written, as it is read again."""
+    config = model.config().model
+    return verify.compare(folder, config, model.read(config), *((head.params, head.suffix) if head else ()))
+
+
+def _say_how_it_reads(config: Config, name: str, workdir: pathlib.Path, log: Log) -> None:
+    """What a head's numbers hang on beside the weights, and no file of these formats says."""
+    put = []
+    if (workdir / "tokenizer").is_dir():
+        tokenizer = load_tokenizer(workdir / "tokenizer")
+        put += [f"token {tokenizer.bos_id} ahead of it"] if config.data.add_bos and tokenizer.bos_id is not None else []
+        put += [f"token {tokenizer.eos_id} behind it"] if config.data.add_eos and tokenizer.eos_id is not None else []
+    log(
+        f"the head of {name} reads a text with {' and '.join(put) or 'nothing around it'}: give transformers the same tokens, "
+        "which its tokenizer may not add."
+    )
+    if tasks_of(config)[name].kind in OF_TEXTS:
+        log(
+            "pad_token_id is not set, since a text may end in the end-of-text token, which would be taken for padding: for "
+            "batches set it to a token that no text ends in."
+        )
+
+
+def export_adapter(
+    workdir: pathlib.Path, output: pathlib.Path, log: Log, *, step: int | None = None, task: str = ""
+) -> dict[str, Any]:
+    """Writes a PEFT folder of a run's adapter, with the head of its task where that has one. `task`: as `task_heads.headed`.
+
+    Returns a summary. Raises `UserError` where the run has none that PEFT has, or no Hugging Face architecture expresses its
+    decoder, and OSError where the disk refuses.
     """
     config = config_lib.from_json(workdir / "config.json")
     if config.adapter.method == "none":
         raise UserError(f"{workdir} was trained with adapter.method=none; --to=huggingface writes its model.")
     kind = huggingface.architecture_for(config.model)
+    name = task_heads.headed(tasks_of(config), task)
     trained = load_params(workdir, log, step, config, merges=False)
     with new_folder(output, 2**20) as folder:
-        peft.write(folder, kind, config, trained.params, config.init_from)
+        peft.write(folder, kind, config, trained.params, config.init_from, name)
         size = sum(file.stat().st_size for file in folder.iterdir())
+    base = kind
+    if name:
+        knobs = tasks_of(config)[name]
+        base = task_heads.form_of(knobs.kind, kind).class_of(kind)
+        labels = f" with num_labels={len(knobs.labels)} ({', '.join(knobs.labels)}, in this order)" if knobs.labels else ""
+        log(f"PEFT loads it onto {base} of the base model{labels}.")
+        _say_how_it_reads(config, name, workdir, log)
     return {
         "output": str(output),
-        "architecture": f"an adapter of {kind}",
+        "architecture": f"an adapter of {base}",
         "step": trained.step,
         "bytes": size,
         "verify": None,

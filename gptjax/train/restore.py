@@ -20,7 +20,7 @@ from gptjax.config import AdapterConfig, Config, ModelConfig, UserError, tasks_o
 from gptjax.data.reserved import text_tokenizer
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_folder
 from gptjax.generate import weights
-from gptjax.interop import huggingface
+from gptjax.interop import huggingface, task_heads
 from gptjax.model.parameterization import output_multiplier, query_multiplier, standard
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.sharding import laid_over
@@ -249,14 +249,16 @@ def _with_heads(config: Config, params: Any, heads: Any, wanted: Any, log: Calla
 
 def _foreign_heads(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     """A Hugging Face folder's head, as that of each of the run's tasks whose labels it has, in their order."""
-    head, labels = huggingface.task_head(folder)
-    heads = {}
-    for name, knobs in tasks_of(config).items() if head else ():
+    head = task_heads.head_of(folder)
+    if head is None:
+        return {}
+    labels, heads = task_heads.labels_of(folder), {}
+    for name, knobs in tasks_of(config).items():
         if not labels or knobs.kind == "answers":
-            heads[name] = head
+            heads[name] = head.params
         elif set(knobs.labels) == set(labels):
             order = [labels.index(label) for label in knobs.labels]
-            heads[name] = {part: array[..., order] for part, array in head.items()}
+            heads[name] = {part: array[..., order] for part, array in head.params.items()}
     return {HEADS: heads} if heads else {}
 
 

@@ -22,7 +22,9 @@ def add(verbs: Any) -> None:
   gptjax convert --from=Qwen2-0.5B --output=runs/qwen2
   gptjax convert --workdir=runs/shakespeare --to=huggingface --output=shakespeare-hf --verify
   gptjax convert --from=gpt2 --adapter=gpt2-lora --output=runs/tuned
-  gptjax convert --workdir=runs/lora --to=peft --output=lora-peft""",
+  gptjax convert --workdir=runs/lora --to=peft --output=lora-peft
+  gptjax convert --from=gpt2 --adapter=gpt2-spam --output=runs/spam --config.task.kind=classification \\
+      --config.task.path=spam.jsonl --config.task.labels=ham,spam""",
     )
     parser.add_argument("--from", dest="source", metavar="PATH", help="a Hugging Face folder, a .gguf file or a llama2.c file")
     parser.add_argument(
@@ -40,6 +42,12 @@ def add(verbs: Any) -> None:
         "--to",
         choices=("huggingface", "peft"),
         help="what becomes of --workdir: its model, into which adapters are merged, or its adapter alone",
+    )
+    parser.add_argument(
+        "--task",
+        default="",
+        metavar="NAME",
+        help="with --workdir, of a run with several: the task whose head is written; none: the decoder without a head",
     )
     parser.add_argument("--step", type=count, metavar="N", help="a checkpoint's step; by default the newest intact one")
     parser.add_argument(
@@ -76,7 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
                 adapter=arguments.adapter,
             )
         elif arguments.to == "peft":
-            summary = convert.export_adapter(pathlib.Path(arguments.workdir), output, log, step=arguments.step)
+            summary = convert.export_adapter(
+                pathlib.Path(arguments.workdir), output, log, step=arguments.step, task=arguments.task
+            )
         else:
             summary = convert.export_model(
                 pathlib.Path(arguments.workdir),
@@ -86,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
                 dtype=arguments.dtype,
                 shard_bytes=arguments.max_shard_size,
                 verified=arguments.verify,
+                task=arguments.task,
             )
     except OSError as error:
         return fault(
@@ -103,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_belonging(arguments: argparse.Namespace) -> None:
     """Raises `UserError` for an argument of the other direction."""
     if arguments.source:
-        given = {"to": arguments.to, "step": arguments.step}
+        given = {"to": arguments.to, "step": arguments.step, "task": arguments.task}
         if arguments.dtype == "float16":
             raise UserError("--dtype=float16 is for --to=huggingface; a run's parameters are float32 or bfloat16.")
     else:
@@ -124,6 +135,7 @@ def _sentence(summary: dict[str, Any]) -> str:
     else:
         text = f"{summary['output']}: {summary['architecture']}, {summary['parameters']:,} parameters in {summary['dtype']}"
         text += f", tokenizer {summary['tokenizer']}" if summary["tokenizer"] else ", no tokenizer"
+        text += f", with the head of task.kind={summary['task']}" if summary["task"] else ""
     if summary["verify"]:
         text += f"; transformers' logits differ by at most {summary['verify']['largest_error']:.2g}"
     return text + "."
