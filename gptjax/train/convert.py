@@ -360,6 +360,8 @@ def export_adapter(
     Returns a summary. Raises `UserError` where the run has none that PEFT has, or no Hugging Face architecture expresses its
     decoder, and OSError where the disk refuses.
     """
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"{workdir} is not a run's folder: it has no config.json.")
     config = config_lib.from_json(workdir / "config.json")
     if config.adapter.method == "none":
         raise UserError(f"{workdir} was trained with adapter.method=none; --to=huggingface writes its model.")

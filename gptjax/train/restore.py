@@ -154,6 +154,8 @@ def initial_params(config: Config, mesh: Mesh, log: Callable[[str], None], token
     if (folder / "checkpoints").is_dir():
         found = load_params(folder, log)
         params, theirs, model = found.params, _own_tokenizer(folder, found.metadata), found.config.model
+        if HEADS in params:
+            params = params | {HEADS: _by_label(config, found.config, params[HEADS])}
     else:
         params, theirs, model = huggingface.load(folder)[1], tokenizer_of_folder(folder), standard(config.model)
         params |= _foreign_heads(config, folder)
@@ -245,6 +247,21 @@ def _with_heads(config: Config, params: Any, heads: Any, wanted: Any, log: Calla
             fresh[name] = heads[name]
         log(f"the head of {name} is {'the one that was trained there' if shapes[0] == shapes[1] else 'new'}.")
     return params | {HEADS: fresh}
+
+
+def _by_label(config: Config, theirs: Config, heads: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's heads, their outputs in the order of this run's labels; one of another kind or of other labels says something else,
+    whatever its shape, and is left out. Heads of tasks that this run has not come along.
+    """
+    found = {}
+    for name, head in heads.items():
+        here, there = tasks_of(config).get(name), tasks_of(theirs)[name]
+        if here is None or here.labels == there.labels and here.kind == there.kind:
+            found[name] = head
+        elif set(here.labels) == set(there.labels) and here.kind == there.kind:
+            order = jnp.array([there.labels.index(label) for label in here.labels])
+            found[name] = jax.tree.map(lambda leaf, order=order: jnp.take(leaf, order, axis=-1), head)
+    return found
 
 
 def _foreign_heads(config: Config, folder: pathlib.Path) -> dict[str, Any]:

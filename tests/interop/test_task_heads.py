@@ -132,6 +132,26 @@ def test_labels_in_another_order_take_their_outputs_with_them(made: Any, records
     np.testing.assert_array_equal(kernels[0][:, [2, 0, 1]], kernels[1])
 
 
+def test_a_run_starts_from_a_head_by_its_labels(made: Any) -> None:
+    """Not by its shape: three other labels want a head of their own."""
+    run = made["classification"][1]
+    there = load_params(run, SILENT)
+    kernel = np.asarray(there.params["task_heads"]["task"]["kernel"])
+
+    def started(**knobs: Any) -> tuple[np.ndarray, str]:
+        task, lines = dataclasses.replace(there.config.task, **knobs), []
+        config = dataclasses.replace(there.config, task=task, init_from=str(run))
+        params = initial_params(config, make_mesh(config.mesh), lines.append)
+        return np.asarray(params["task_heads"]["task"]["kernel"]), "\n".join(lines)
+
+    found, said = started(labels=("dog", "sun", "cat"))
+    np.testing.assert_array_equal(found, kernel[:, [2, 0, 1]])
+    assert "the one that was trained there" in said
+    for knobs in ({"labels": ("dog", "sun", "cow")}, {"kind": "multilabel"}):
+        found, said = started(**knobs)
+        assert "the head of task is new." in said and np.abs(found - kernel).max() > 1e-3
+
+
 def test_a_head_keeps_its_type_of_numbers(made: Any, records: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
     """A decoder in bfloat16 and its head in float32 go back as they came; rounding one is said."""
     there = shutil.copytree(made["classification"][0], tmp_path / "there")
