@@ -21,7 +21,7 @@ from gptjax.sweeps.statistics import paired
 from gptjax.sweeps.study import open_journal
 
 SAMPLERS, SEEDS = ("tpe", "random"), range(5)
-AFTER = (10, 15, 20, 25, 30)
+AFTER = (10, 15, 20, 25, 30, 35, 40, 45, 50)
 HERE = pathlib.Path(__file__).resolve().parent
 
 

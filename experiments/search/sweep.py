@@ -37,5 +37,5 @@ def get_sweep(arg: str = "tpe,0"):
     sampler, _, seed = arg.partition(",")
     if sampler not in SAMPLERS or not seed.isdigit():
         raise UserError(f"experiments/search/sweep.py takes SAMPLER,SEED such as tpe,0, not {arg!r}.")
-    search = Search(trials=30, sampler=sampler, seed=int(seed))
+    search = Search(trials=50, sampler=sampler, seed=int(seed))
     return Sweep("configs/shakespeare_char.py:cpu", SPACE, OVERRIDES, timeout=600, search=search)
