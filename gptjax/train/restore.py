@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -259,23 +260,29 @@ def _by_label(config: Config, theirs: Config, heads: Mapping[str, Any]) -> dict[
         if here is None or here.labels == there.labels and here.kind == there.kind:
             found[name] = head
         elif set(here.labels) == set(there.labels) and here.kind == there.kind:
-            order = jnp.array([there.labels.index(label) for label in here.labels])
-            found[name] = jax.tree.map(lambda leaf, order=order: jnp.take(leaf, order, axis=-1), head)
+            found[name] = _reordered(head, there.labels, here.labels)
     return found
 
 
+def _reordered(head: Mapping[str, Any], theirs: Sequence[str], ours: Sequence[str]) -> dict[str, Any]:
+    """A head's outputs in the order of our labels, which are the same ones."""
+    order = np.array([theirs.index(label) for label in ours])
+    return {part: array[..., order] for part, array in head.items()}
+
+
 def _foreign_heads(config: Config, folder: pathlib.Path) -> dict[str, Any]:
-    """A Hugging Face folder's head, as that of each of the run's tasks whose labels it has, in their order."""
+    """A Hugging Face folder's head, as that of each of the run's tasks of its kind whose labels it has, in their order."""
     head = task_heads.head_of(folder)
     if head is None:
         return {}
     labels, heads = task_heads.labels_of(folder), {}
     for name, knobs in tasks_of(config).items():
+        if knobs.kind not in head.kinds:
+            continue
         if not labels or knobs.kind == "answers":
             heads[name] = head.params
         elif set(knobs.labels) == set(labels):
-            order = [labels.index(label) for label in knobs.labels]
-            heads[name] = {part: array[..., order] for part, array in head.params.items()}
+            heads[name] = _reordered(head.params, labels, knobs.labels)
     return {HEADS: heads} if heads else {}
 
 

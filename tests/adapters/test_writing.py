@@ -12,7 +12,7 @@ import pytest
 
 from gptjax.adapters.merge import for_writing
 from gptjax.config import Config, UserError
-from gptjax.generate import decode, forward, strategies, weights
+from gptjax.generate import decode, filling, forward, strategies, weights
 from gptjax.generate.settings import GenerationConfig
 from gptjax.generate.text import generate_text, prompt_ids
 from gptjax.harness.likelihood import Likelihood, Row, score_rows
@@ -124,6 +124,16 @@ def test_texts_are_scored_behind_the_places(name: str) -> None:
         log_probs = jax.nn.log_softmax(row_logits(config, params, ids[:-1], row.prefix))
         wanted = [log_probs[place - 1, ids[place]] for place in range(len(ids) - 3, len(ids))]
         np.testing.assert_allclose(own.log_probs, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_masks_are_filled_behind_the_places(method: str) -> None:
+    config = small(WINDOWS, {"adapter.method": method, "objective.name": "masked"})
+    params, ids = drawn(config), [3, 1, 4, 1, 5]
+    row, is_text = np.pad(np.array(ids, np.int32), (0, LONGEST - len(ids)))[None], np.ones(23, bool)
+    found = filling._predictions(params, config, row, np.arange(LONGEST)[None] < len(ids), is_text)
+    wanted = jax.nn.log_softmax(row_logits(config, params, ids, len(ids)))
+    np.testing.assert_allclose(np.asarray(found)[: len(ids)], wanted, atol=2e-5)
 
 
 class Model:

@@ -132,15 +132,15 @@ def test_labels_in_another_order_take_their_outputs_with_them(made: Any, records
     np.testing.assert_array_equal(kernels[0][:, [2, 0, 1]], kernels[1])
 
 
-def test_a_run_starts_from_a_head_by_its_labels(made: Any) -> None:
-    """Not by its shape: three other labels want a head of their own."""
+def test_a_run_starts_from_a_head_by_its_labels(made: Any, tmp_path: pathlib.Path) -> None:
+    """Not by its shape: three other labels want a head of their own, and so does another kind of task."""
     run = made["classification"][1]
     there = load_params(run, SILENT)
     kernel = np.asarray(there.params["task_heads"]["task"]["kernel"])
 
-    def started(**knobs: Any) -> tuple[np.ndarray, str]:
+    def started(folder: pathlib.Path = run, **knobs: Any) -> tuple[np.ndarray, str]:
         task, lines = dataclasses.replace(there.config.task, **knobs), []
-        config = dataclasses.replace(there.config, task=task, init_from=str(run))
+        config = dataclasses.replace(there.config, task=task, init_from=str(folder))
         params = initial_params(config, make_mesh(config.mesh), lines.append)
         return np.asarray(params["task_heads"]["task"]["kernel"]), "\n".join(lines)
 
@@ -150,6 +150,10 @@ def test_a_run_starts_from_a_head_by_its_labels(made: Any) -> None:
     for knobs in ({"labels": ("dog", "sun", "cow")}, {"kind": "multilabel"}):
         found, said = started(**knobs)
         assert "the head of task is new." in said and np.abs(found - kernel).max() > 1e-3
+    out = tmp_path / "out"
+    assert cli.main(["convert", f"--workdir={run}", "--to=huggingface", f"--output={out}"]) == 0
+    np.testing.assert_array_equal(started(out)[0], kernel)
+    assert "the head of task is new." in started(out, kind="multilabel")[1]  # its config.json says single_label_classification
 
 
 def test_a_head_keeps_its_type_of_numbers(made: Any, records: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
