@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptjax.config.knobs import UserError, knob
+from gptjax.config.objective import sees_prompt_both_ways
 from gptjax.config.task import tasks_of
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _check_leading(config: Config, method: str) -> None:
             f"{length} and data.seq_len={data.seq_len} are more than model.max_seq_len={model.max_seq_len}, the positions that "
             "the model has."
         )
-    if refusal := writing_refusal(config, config.objective.name == "prefix"):
+    if refusal := writing_refusal(config, sees_prompt_both_ways(config.objective)):
         if config.evaluate.sample_tokens:
             raise UserError(
                 f"evaluate.sample_tokens={config.evaluate.sample_tokens} writes a sample, but {refusal}; set it to 0."

@@ -127,6 +127,12 @@ def writing_part(objective: ObjectiveConfig) -> Part | None:
     return min(able, key=lambda part: order.index(part.method)) if able else None
 
 
+def sees_prompt_both_ways(objective: ObjectiveConfig) -> bool:
+    """Whether the tokens of a prompt that the model goes on with see each other both ways."""
+    part = writing_part(objective)
+    return part is not None and part.method == "prefix"
+
+
 def writing_refusal(objective: ObjectiveConfig) -> str:
     """Why the model does not go on with a text, in one sentence that says what it does; "" where it does."""
     if writing_part(objective) is not None:

@@ -115,9 +115,8 @@ def _fill_spans(model: Any, text: str, settings: GenerationConfig, seed: int) ->
     token = tokenizer.token_id(part.token) if part.token else None
     prompt = np.concatenate([[] if token is None else [token], ids]).astype(np.int32)
     settings = settings.replace(eos_token_id=(sentinels[len(marks)],))  # ends the last span
-    found = generate_text(model.decoding_params, config, tokenizer, [prompt], settings, seed=seed, texts=[text], both_ways=True)[
-        0
-    ]
+    options: dict[str, Any] = {"seed": seed, "texts": [text], "both_ways": True}
+    (found,) = generate_text(model.decoding_params, config, tokenizer, [prompt], settings, **options)
     spans: dict[int, list[int]] = {int(mark): [] for mark in marks}
     chances = dict.fromkeys(spans, 0.0)
     here: int | None = None

@@ -13,7 +13,7 @@ import numpy as np
 from gptjax.config import Config, UserError
 from gptjax.config.adapter import context_of, describe_context
 from gptjax.config.adapter import writing_refusal as adapter_refusal
-from gptjax.config.objective import writing_part, writing_refusal
+from gptjax.config.objective import sees_prompt_both_ways, writing_part, writing_refusal
 from gptjax.data.tokenizer_base import refuse_half_characters
 from gptjax.generate import forward, strategies
 from gptjax.generate.automata import TokenAutomaton, regex_automaton, schema_automaton
@@ -154,7 +154,7 @@ def generate_text(
     """
     if both_ways is None and (refusal := writing_refusal(config.objective)):
         raise UserError(refusal)
-    both_ways = is_prefix(config) if both_ways is None else both_ways
+    both_ways = sees_prompt_both_ways(config.objective) if both_ways is None else both_ways
     if refusal := adapter_refusal(config, both_ways):
         raise UserError(f"the model writes no text: {refusal}.")
     ids = [prompt_ids(config, tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -236,12 +236,6 @@ def _show(streams: list[TextStream], eos_ids: Sequence[int], on_text: OnText, to
     for i, (stream, token, alive) in enumerate(zip(streams, tokens_B, alive_B, strict=True)):
         if alive and token not in eos_ids and (text := stream.feed(token)):
             on_text(i, text)
-
-
-def is_prefix(config: Config) -> bool:
-    """Whether the tokens of a prompt see each other both ways."""
-    part = writing_part(config.objective)
-    return part is not None and part.method == "prefix"
 
 
 def _after_paradigm(config: Config, tokenizer: Any, ids: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from gptjax.adapters.compose import hidden_of_texts
 from gptjax.config import Config, UserError
 from gptjax.config.adapter import context_of, describe_context
-from gptjax.config.objective import writing_part, writing_refusal
+from gptjax.config.objective import sees_prompt_both_ways, writing_part, writing_refusal
 from gptjax.model import primitives
 from gptjax.model.decoder import output_table
 from gptjax.parallel import hosts
@@ -81,7 +81,7 @@ class Likelihood:
         self.model, self.config, self.tokenizer = model, model.config, model.tokenizer
         self.batch_size, self._prefix, self.log = batch_size, prefix, log or (lambda text: None)
         part = writing_part(self.config.objective)
-        self._both_ways = part is not None and part.method == "prefix"
+        self._both_ways = sees_prompt_both_ways(self.config.objective)
         paradigm = self.tokenizer.token_id(part.token) if part is not None and part.token else None
         self._paradigm = [] if paradigm is None else [paradigm]
         self.mesh = make_mesh(self.config.mesh)

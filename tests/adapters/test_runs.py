@@ -145,6 +145,10 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         PROMPT | WINDOWS | {"evaluate.sample_tokens": 5, "objective.name": "prefix"},
         "sample_tokens=5 writes a sample, but places of adapter.method=prompt see a prompt whose tokens all see each other",
     ),
+    (
+        PROMPT | WINDOWS | {"evaluate.sample_tokens": 5, "objective.name": "mixture", "objective.mixture": ("S=1", "causal=1")},
+        "sample_tokens=5 writes a sample, but places of adapter.method=prompt",
+    ),
     ({"adapter.method": "lora", "adapter.rank": 0}, "adapter.rank=0 must be at least 1"),
     ({"adapter.method": "lorra"}, "did you mean lora"),
 ]
